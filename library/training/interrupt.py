@@ -1,0 +1,46 @@
+"""Being told to stop: SIGINT, SIGTERM, or the launcher gone. The loop asks at each step; a second signal aborts."""
+
+import os
+import signal
+from types import FrameType
+
+
+class Stopped(Exception):
+    """Raised outside the loop, where there is nothing to save yet. `exit_code` is 130 or 143."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(f"stopped (exit code {exit_code})")
+
+
+def _under_launcher() -> bool:
+    return any(name.startswith("ACCELERATE_") or name == "TORCHELASTIC_RUN_ID" for name in os.environ)
+
+
+class Interrupt:
+    """What the process was told. Install it once, early: the parent seen then is taken for the launcher."""
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._deferred = False
+        self._launcher = os.getppid() if _under_launcher() else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._signal:
+            os._exit(128 + number)
+        self._signal = number
+        if not self._deferred:
+            raise Stopped(128 + number)
+
+    def defer(self) -> None:
+        """From here on the loop asks; a signal no longer raises."""
+        self._deferred = True
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 130/143 once the process was told to stop. A launcher that has gone counts as SIGTERM."""
+        if not self._signal and self._launcher is not None and os.getppid() != self._launcher:
+            self._signal = signal.SIGTERM
+        return 128 + self._signal if self._signal else 0

@@ -1,0 +1,229 @@
+"""The one training loop: batch -> latents and conditioning -> noise -> prediction -> loss -> update.
+
+Saves, previews and logging are due or not due after an update. Nothing about files, flags or model families stands here.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from library.console import bar
+from library.data.loader import Batch, Loader
+from library.rng import rng
+from library.training.distributed import Processes
+from library.training.interrupt import Interrupt
+from library.training.objective import Coordinates, NoiseSettings, Objective, draw_noise, draw_timesteps
+from library.training.schedules import Curve, learning_rate
+from library.training.steps import Clock, PreviewPlan, Save, SavePlan
+from library.training.tracking import LossAverage, Tracker
+from library.training.trainable import Trainable
+
+
+class Denoiser(Protocol):
+    """What the loop needs of a model."""
+
+    latent_scale: float
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor: ...
+    def encode_prompts(self, captions: Sequence[str], memoise: bool) -> torch.Tensor: ...
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor: ...
+
+
+class NonFiniteLoss(Exception):
+    """The loss of an update is NaN or infinite; nothing was changed by it."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """The numbers of a run. `loss_scale` is on for float16 only."""
+
+    seed: int
+    clock: Clock
+    schedule: str
+    curve: Curve
+    max_grad_norm: float
+    noise: NoiseSettings
+    loss_scale: bool = False
+
+
+@dataclass(frozen=True)
+class Events:
+    """What happens between updates: `save` writes (on the main process), `preview` draws; both get the updates done."""
+
+    saves: SavePlan
+    save: Callable[[Save, int], Any]
+    previews: PreviewPlan
+    preview: Callable[[int], None] | None
+    tracker: Tracker
+
+
+def seed_foreign_generators(seed: int, micro_step: int) -> None:
+    """Seed the global generators of python, numpy and torch, from which code that isn't ours draws."""
+    value = int(rng(seed, "foreign", micro_step).integers(2**32))
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+class Loop:
+    """State of a run that lives from update to update; `run` goes on until the end or until told to stop."""
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        model: Denoiser,
+        trainable: Trainable,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        loader: Loader,
+        events: Events,
+        processes: Processes,
+        interrupt: Interrupt,
+        average: LossAverage,
+        updates_done: int = 0,
+    ) -> None:
+        self.settings, self.model, self.trainable, self.optimizer = settings, model, trainable, optimizer
+        self.objective, self.loader, self.events = objective, loader, events
+        self.processes, self.interrupt, self.average = processes, interrupt, average
+        self.updates_done = updates_done
+        self._parameters = trainable.parameters()
+        self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.loss_scale)
+
+    def run(self) -> int:
+        """Train to the end (returns 0), or save and return 130/143 when told to stop.
+
+        Raises:
+            NonFiniteLoss: with the pictures and timesteps of the update; the weights are those before it.
+        """
+        clock = self.settings.clock
+        self.interrupt.defer()
+        if self.updates_done == 0:
+            self._preview()
+        with bar("steps", clock.total_updates, self.updates_done) as progress:
+            while self.updates_done < clock.total_updates:
+                epoch, index = clock.position(self.updates_done)
+                self.trainable.before_epoch()
+                group: list[Batch] = []
+                for batch in self.loader.epoch(epoch, index):
+                    group.append(batch)
+                    if not clock.ends_update(batch.index):
+                        continue
+                    loss, stop = self._update(group)
+                    group = []
+                    progress.set_postfix(loss=f"{loss:.4f}", avr_loss=f"{self.average.average:.4f}", refresh=False)
+                    progress.update()
+                    if self._after_update(stop):
+                        return stop
+                    if self.updates_done >= clock.total_updates:
+                        break
+        return 0
+
+    def _update(self, group: Sequence[Batch]) -> tuple[float, int]:
+        """One optimizer step over a group of micro-batches; returns its loss and the exit code of a stop, or 0."""
+        loss = 0.0
+        for batch in group:
+            loss += self._micro_step(batch, len(group))
+        gradients = [parameter.grad for parameter in self._parameters]
+        told = self.interrupt.exit_code
+        loss, by_key, by_signal = self.processes.sum_with_flags(
+            gradients, self._parameters, [loss, float(told == 130), float(told == 143)]
+        )
+        self._check_finite(loss, group)
+        stop = 143 if by_signal else 130 if by_key else 0
+        for parameter_group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
+            parameter_group["lr"] = learning_rate(self.settings.schedule, base, self.settings.curve, self.updates_done)
+        self.scaler.unscale_(self.optimizer)
+        if self.settings.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates_done += 1
+        self._log(loss)
+        return loss, stop
+
+    def _micro_step(self, batch: Batch, group_size: int) -> float:
+        """Forward and backward of this process's samples; returns their part of the update's loss."""
+        clock, seed = self.settings.clock, self.settings.seed
+        seed_foreign_generators(seed, batch.epoch * clock.batches_per_epoch + batch.index)
+        if not batch.positions:
+            return 0.0
+        at = Coordinates(seed, batch.epoch, batch.index, batch.positions)
+        self.trainable.before_micro_step(at)
+        device = self.processes.device
+        latents = self._latents(batch)
+        noise = draw_noise(latents.shape, at, self.settings.noise).to(device)
+        timesteps = draw_timesteps(at, self.settings.noise).to(device)
+        trains_text = self.trainable.trains_text_encoder
+        with torch.set_grad_enabled(trains_text):
+            conditioning = self.model.encode_prompts(batch.captions, memoise=not trains_text)
+        noisy = self.objective.add_noise(latents, noise, timesteps)
+        prediction = self.model.predict(noisy, timesteps, conditioning)
+        losses = self.objective.losses(prediction, self.objective.target(latents, noise, timesteps), timesteps)
+        loss = (losses * batch.loss_weights.to(device)).sum() / (batch.global_size * group_size)
+        self.scaler.scale(loss).backward()
+        return float(loss.detach())
+
+    def _latents(self, batch: Batch) -> torch.Tensor:
+        """Scaled latents (b, c, h, w), float32, on the device: cached ones, or the VAE's posterior mean."""
+        if batch.latents is not None:
+            latents = batch.latents
+        elif batch.pixels is not None:
+            latents = self.model.encode_images(batch.pixels)
+        else:
+            raise ValueError("a batch holds neither latents nor pixels")
+        return latents.to(self.processes.device, torch.float32) * self.model.latent_scale
+
+    def _check_finite(self, loss: float, group: Sequence[Batch]) -> None:
+        if np.isfinite(loss):
+            return
+        lines = []
+        for batch in group:
+            at = Coordinates(self.settings.seed, batch.epoch, batch.index, batch.positions)
+            timesteps = draw_timesteps(at, self.settings.noise).tolist()
+            lines += [f"{name} at timestep {t}" for name, t in zip(batch.names, timesteps, strict=True)]
+        raise NonFiniteLoss(
+            f"the loss of step {self.updates_done + 1} is {loss}; its pictures: {', '.join(lines)}. "
+            "The weights before this step were fine and files saved so far are kept; "
+            "try a lower --learning_rate, or --mixed_precision bf16 or no"
+        )
+
+    def _log(self, loss: float) -> None:
+        average = self.average.add(self.updates_done, loss)
+        values = {"loss/current": loss, "loss/average": average}
+        for name, group in zip(self.trainable.descriptions, self.optimizer.param_groups, strict=True):
+            values[f"lr/{name}"] = float(group["lr"])
+        self.events.tracker.log(values, self.updates_done)
+        if self.settings.clock.ends_epoch(self.updates_done):
+            epoch = -(-self.updates_done // self.settings.clock.updates_per_epoch)
+            self.events.tracker.log({"loss/epoch_average": average}, epoch)
+
+    def _after_update(self, stop: int) -> bool:
+        """Saves and previews that are due; True if the run must stop now."""
+        saves = list(self.events.saves.due(self.updates_done, self.settings.clock))
+        finished = self.updates_done >= self.settings.clock.total_updates
+        if stop and not finished and not any(save.kind == "step" and save.state for save in saves):
+            saves = [save for save in saves if save.kind != "step"] + [self.events.saves.on_stop(self.updates_done)]
+        if self.processes.is_main:
+            for save in saves:
+                self.events.save(save, self.updates_done)
+        if not stop:
+            self._preview()
+        self.processes.wait()
+        return bool(stop) and not finished
+
+    def _preview(self) -> None:
+        """Previews, if due, on the main process."""
+        if self.events.preview is None or not self.events.previews.due(self.updates_done, self.settings.clock):
+            return
+        if self.processes.is_main:
+            self.trainable.train(False)
+            with torch.no_grad():
+                self.events.preview(self.updates_done)
+            self.trainable.train(True)
+        self.processes.wait()

@@ -1,0 +1,108 @@
+"""Preview pictures while training: PNGs in `sample/`, and one contact sheet that grows with the run.
+
+The pictures come from diffusers' own pipeline on the very modules that are trained. Nothing of the run is disturbed: the
+pipeline draws from its own generators, and the networks' mode is put back.
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from library.console import track
+from library.rng import rng
+from library.training.prompts import Prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_STAMP = "%Y%m%d%H%M%S"
+
+
+class Painter(Protocol):
+    """The model's part: one picture for one prompt of which every field is set."""
+
+    default_size: int
+
+    def paint(self, prompt: Prompt, seed: int) -> "Image": ...
+
+
+@dataclass(frozen=True)
+class PreviewWriter:
+    """Draws the prompts and files the pictures; `started_at` (unix seconds) tells this run's pictures from older ones."""
+
+    painter: Painter
+    prompts: Sequence[Prompt]
+    folder: Path
+    output_name: str | None
+    sampler: str
+    seed: int
+    started_at: float
+
+    def draw(self, updates_done: int, epoch: int | None) -> None:
+        """Draw every prompt; `epoch` (from 1) names the files of an epoch's end, else the step does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tag = f"{updates_done:06d}" if epoch is None else f"e{epoch:06d}"
+        for index, prompt in enumerate(track(self.prompts, f"previews at step {updates_done}", len(self.prompts))):
+            seed = prompt.seed if prompt.seed is not None else int(rng(self.seed, "preview", index).integers(2**31))
+            image = self.painter.paint(self._complete(prompt), seed)
+            stem = f"{tag}_{index:02d}_{time.strftime(_STAMP)}_{seed}"
+            _write_png(image, self.folder / f"{self._prefix}{stem}.png")
+        self._write_sheet()
+
+    def _complete(self, prompt: Prompt) -> Prompt:
+        size = self.painter.default_size
+        return Prompt(
+            prompt=prompt.prompt,
+            negative_prompt=prompt.negative_prompt,
+            width=prompt.width or size,
+            height=prompt.height or size,
+            seed=prompt.seed,
+            sample_steps=prompt.sample_steps,
+            scale=prompt.scale,
+            sample_sampler=prompt.sample_sampler or self.sampler,
+        )
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.output_name}_" if self.output_name else ""
+
+    def _pictures(self) -> dict[str, dict[int, Path]]:
+        """This run's pictures on disk: tag -> number of the prompt -> newest file."""
+        pattern = re.compile(re.escape(self._prefix) + r"(e?\d{6})_(\d{2,})_(\d{14})_\d+\.png")
+        since = time.strftime(_STAMP, time.localtime(self.started_at))
+        rows: dict[str, dict[int, Path]] = {}
+        for path in sorted(self.folder.glob("*.png"), key=lambda path: path.name):
+            match = pattern.fullmatch(path.name)
+            if match and match[3] >= since:
+                rows.setdefault(match[1], {})[int(match[2])] = path
+        return rows
+
+    def _write_sheet(self) -> None:
+        """`<name>_sheet.png`: steps down, prompts across, made anew from the pictures on disk."""
+        from PIL import Image, ImageDraw
+
+        rows = self._pictures()
+        cells = {(tag, index): Image.open(path).convert("RGB") for tag, row in rows.items() for index, path in row.items()}
+        if not cells:
+            return
+        width = max(image.width for image in cells.values())
+        height = max(image.height for image in cells.values())
+        label, columns = 14, 1 + max(index for _, index in cells)
+        sheet = Image.new("RGB", (columns * width, len(rows) * (height + label)), "white")
+        pen = ImageDraw.Draw(sheet)
+        for number, (tag, row) in enumerate(rows.items()):
+            top = number * (height + label)
+            what = f"epoch {int(tag[1:])}" if tag.startswith("e") else f"step {int(tag)}"
+            pen.text((3, top + 1), what, fill="black")
+            for index in row:
+                sheet.paste(cells[tag, index], (index * width, top + label))
+        _write_png(sheet, self.folder / f"{self._prefix}sheet.png")
+
+
+def _write_png(image: "Image", path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG")
+    temporary.replace(path)

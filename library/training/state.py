@@ -1,0 +1,186 @@
+"""Resumable states: a folder with our own manifest, the trained tensors and the optimizer's.
+
+Because every random draw is keyed by its place in the run, a state holds no random numbers: where the run stands, what
+was learned, and the settings that a resumed run must share. Folders are complete or absent: they are written under a
+temporary name, flushed and renamed, and every file's hash stands in the manifest.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import Problem, UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TENSORS = "trained.safetensors"
+OPTIMIZER = "optimizer.pt"
+SUFFIX = "-state"
+
+_ADVICE = {
+    "seed": "resume with the seed that the run was started with, or leave --seed out",
+    "data": "resume with the same pictures, captions and dataset settings",
+    "base model": "resume on the same base model",
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands after `updates_done` updates, and the settings that a resume must share."""
+
+    updates_done: int
+    session_id: int
+    started_at: float
+    seed: int
+    schedule_total: int
+    total_updates: int
+    losses: tuple[float, ...]
+    settings: dict[str, str]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_state(folder: Path, state: RunState, tensors: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
+    """Write a state folder; one of the same name is replaced only when the new one is complete."""
+    import torch
+    from safetensors.torch import save_file
+
+    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+    torch.save(dict(optimizer), temporary / OPTIMIZER)
+    manifest = {
+        "format": "lorasmith state",
+        "version": FORMAT_VERSION,
+        "files": {name: _digest(temporary / name) for name in (TENSORS, OPTIMIZER)},
+        **asdict(state),
+    }
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):
+        _flush(path)
+    replaced = folder.with_name(f".{folder.name}.old{os.getpid()}")
+    if folder.exists():
+        folder.rename(replaced)
+    temporary.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete state of ours, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == "lorasmith state" else None
+
+
+def find_latest(output_dir: Path, output_name: str | None) -> Path | None:
+    """The state of this output name that is furthest in its run, or None."""
+    candidates = []
+    for folder in sorted(output_dir.glob(f"*{SUFFIX}")) if output_dir.is_dir() else []:
+        stem = folder.name.removesuffix(SUFFIX)
+        base, _, tail = stem.rpartition("-")
+        ours = stem == (output_name or "last") or (base == output_name and tail.removeprefix("step").isdigit())
+        ours = ours or (output_name is None and base in ("at", "epoch"))
+        manifest = _manifest(folder) if ours else None
+        if manifest and manifest.get("version") == FORMAT_VERSION:
+            candidates.append((int(manifest["updates_done"]), (folder / MANIFEST).stat().st_mtime, folder))
+    return max(candidates)[2] if candidates else None
+
+
+def read_state(folder: Path) -> RunState:
+    """The manifest of a state folder, after its files were checked against their hashes. Imports no torch.
+
+    Raises:
+        UserError: no folder, a state of another program or version, or damaged files.
+    """
+
+    def refuse(wrong: str, advice: str) -> UserError:
+        return UserError.single("--resume", f"{folder} {wrong}", advice)
+
+    if not folder.is_dir():
+        raise refuse("is no folder", "give a folder that --save_state has written, or `latest`")
+    manifest = _manifest(folder)
+    if manifest is None:
+        if (folder / "train_state.json").exists() or (folder / "random_states_0.pkl").exists():
+            raise refuse(
+                "was written by sd-scripts; its data order and random numbers can't be taken over",
+                "start from its weights with --network_weights",
+            )
+        raise refuse("holds no manifest.json of lorasmith", "give a folder that --save_state has written, or `latest`")
+    if manifest["version"] != FORMAT_VERSION:
+        raise refuse(f"has format version {manifest['version']}, this program reads {FORMAT_VERSION}", "update lorasmith")
+    for name, digest in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or _digest(path) != digest:
+            raise refuse(f"is damaged: {name} is missing or changed", "resume from another state")
+    fields = {key: manifest[key] for key in RunState.__dataclass_fields__}
+    return RunState(**{**fields, "losses": tuple(fields["losses"])})
+
+
+def check_same_run(state: RunState, settings: Mapping[str, str]) -> None:
+    """Refuse to go on with other settings than the run was started with.
+
+    Raises:
+        UserError: one problem for each setting that differs.
+    """
+    problems = [
+        Problem(
+            f"--resume ({name})",
+            f"the run was started with {state.settings.get(name)!r}, this one has {value!r}",
+            _ADVICE.get(name, f"resume with the same {name}"),
+        )
+        for name, value in settings.items()
+        if state.settings.get(name) != value
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def schedule_total(state: RunState, total: int, choice: str | None) -> int:
+    """How many steps the learning-rate curve of a resumed run spans.
+
+    Raises:
+        UserError: the run is complete, or its number of steps changed and the user did not choose what that means.
+    """
+    if total <= state.updates_done:
+        raise UserError.single(
+            "--resume",
+            f"this run is complete: {state.updates_done} of {total} steps are done",
+            "for more, raise --max_train_steps and say --resume_schedule keep or stretch",
+        )
+    if total == state.total_updates:
+        return state.schedule_total
+    if choice is None:
+        raise UserError.single(
+            "--max_train_steps",
+            f"the run was started for {state.total_updates} steps, this is for {total}",
+            "say --resume_schedule keep (the old learning-rate curve) or stretch (a curve over the new total)",
+        )
+    return total if choice == "stretch" else state.schedule_total
+
+
+def load_tensors(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The trained tensors and the optimizer's state dict. Never runs code from the file."""
+    import torch
+    from safetensors.torch import load_file
+
+    return load_file(folder / TENSORS), torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")

@@ -1,0 +1,111 @@
+"""What the loop trains, seen as parameter groups, tensors and a file to write: today the adapters of a network module.
+
+The calls follow sd-scripts' protocol for `--network_module`, so third-party modules work; where a module lacks an
+optional call, nothing happens.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from library.errors import UserError
+from library.training.objective import Coordinates
+
+
+class Trainable(Protocol):
+    """The loop's view of what is trained."""
+
+    groups: list[dict[str, Any]]
+    descriptions: list[str]
+    trains_text_encoder: bool
+
+    def parameters(self) -> list[torch.nn.Parameter]: ...
+    def before_epoch(self) -> None: ...
+    def before_micro_step(self, at: Coordinates) -> None: ...
+    def train(self, mode: bool) -> None: ...
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """A part whose rate is 0 is not trained: neither attached nor saved."""
+
+    unet: float
+    text_encoder: float
+
+
+class NetworkTrainable:
+    """Adapters of a network module on a U-Net and text encoder."""
+
+    def __init__(
+        self, network: Any, unet: torch.nn.Module, text_encoder: Any, rates: LearningRates, default_rate: float
+    ) -> None:
+        """Attach `network` to the parts whose learning rate is not 0.
+
+        Raises:
+            UserError: nothing is left to train.
+        """
+        self.network, self._unet, self._text_encoder = network, unet, text_encoder
+        self.trains_text_encoder = rates.text_encoder != 0
+        network.apply_to(text_encoder, unet, self.trains_text_encoder, rates.unet != 0)
+        groups = self._parameter_groups(rates, default_rate)
+        self.groups, self.descriptions = groups
+        if not self.parameters():
+            raise UserError.single(
+                "--learning_rate", "there is nothing to train", "give --unet_lr or --text_encoder_lr a value above 0"
+            )
+
+    def _parameter_groups(self, rates: LearningRates, default: float) -> tuple[list[dict[str, Any]], list[str]]:
+        prepare = self.network.prepare_optimizer_params
+        takes_default = len(inspect.signature(prepare).parameters) > 2
+        arguments = (rates.text_encoder, rates.unet, default) if takes_default else (rates.text_encoder, rates.unet)
+        result = prepare(*arguments)
+        groups, descriptions = result if isinstance(result, tuple) else (result, None)
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        return groups, descriptions or [f"group{number}" for number in range(len(groups))]
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Every parameter of every group, in order."""
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+    def to(self, device: torch.device) -> None:
+        """Adapters stand in float32, whatever the frozen parts are."""
+        self.network.to(device=device, dtype=torch.float32)
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.network.enable_gradient_checkpointing()
+
+    def load_weights(self, path: Path) -> None:
+        """Start from a file of this module (`--network_weights`); its alpha counts."""
+        self.network.load_weights(str(path))
+
+    def prepare(self) -> None:
+        self.network.prepare_grad_etc(self._text_encoder, self._unet)
+
+    def before_epoch(self) -> None:
+        self.network.on_epoch_start(self._text_encoder, self._unet)
+
+    def before_micro_step(self, at: Coordinates) -> None:
+        if hasattr(self.network, "set_random_context"):
+            self.network.set_random_context(at.seed, at.epoch, at.index, at.positions)
+        if hasattr(self.network, "on_step_start"):
+            self.network.on_step_start(self._text_encoder, self._unet)
+
+    def train(self, mode: bool) -> None:
+        self.network.train(mode)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.network.state_dict()
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.network.load_state_dict(dict(tensors), strict=True)
+
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
+        """Write one `.safetensors`; the module adds its hashes to a copy of `metadata`."""
+        self.network.save_weights(str(path), dtype, dict(metadata))
