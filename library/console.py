@@ -1,5 +1,6 @@
 """What a run says while it works: lines and progress bars on stderr. Tables that a user asked for go to stdout."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
@@ -19,29 +20,55 @@ def stderr() -> "Console":
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_quiet_below = LEVELS.index("INFO")
+
+
+def set_level(name: str) -> None:
+    """Leave out what is less important than `name`, one of `LEVELS`; progress bars count as INFO."""
+    global _quiet_below
+    _quiet_below = LEVELS.index(name)
+
+
+def _shown(level: str) -> bool:
+    return LEVELS.index(level) >= _quiet_below
+
+
+def _print(line: str, style: str | None = None) -> None:
+    """A line of its own, also while a progress bar stands on the last one."""
+    if "tqdm" not in sys.modules:
+        stderr().print(line, style=style, markup=False)
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        stderr().print(line, style=style, markup=False)
+
+
 def say(line: str) -> None:
     """One line of information."""
-    stderr().print(line, markup=False)
+    if _shown("INFO"):
+        _print(line)
 
 
 def warn(line: str) -> None:
     """One line that a user should read: the run goes on."""
-    stderr().print(f"warning: {line}", style="yellow", markup=False)
+    if _shown("WARNING"):
+        _print(f"warning: {line}", "yellow")
 
 
 def error(line: str) -> None:
     """One line that ends the run."""
-    stderr().print(f"error: {line}", style="red", markup=False)
+    _print(f"error: {line}", "red")
 
 
 def bar(description: str, total: int, done: int = 0) -> "tqdm[None]":
     """A progress bar with count, rate and time left; into a file it writes a line every two seconds."""
-    import sys
-
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 2.0
-    return tqdm(desc=description, total=total, initial=done, mininterval=interval, dynamic_ncols=True, smoothing=0.1)
+    quiet = not _shown("INFO")
+    return tqdm(desc=description, total=total, initial=done, mininterval=interval, dynamic_ncols=True, disable=quiet)
 
 
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:

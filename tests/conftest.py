@@ -20,7 +20,7 @@ def repo_root() -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of the SD1 architecture with random weights: 3.2 M U-Net, 64 px pictures."""
-    from tiny_models import save_tiny_sd1
+    from tests.tiny_models import save_tiny_sd1
 
     folder = tmp_path_factory.mktemp("models") / "tiny_sd1"
     save_tiny_sd1(folder)

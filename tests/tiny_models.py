@@ -4,14 +4,15 @@ from pathlib import Path
 
 
 def save_tiny_sd1(folder: Path, seed: int = 0) -> None:
-    """Write a diffusers folder: SD1 U-Net (32, 64, 64, 64), VAE of factor 8, CLIP of width 32 and 5 layers, tokenizer."""
+    """Write a diffusers folder: SD1 U-Net (32, 64, 64, 64), VAE of factor 8, CLIP of width 32, 5 layers."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    from library.tokenizer import write_folder
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from library.tokenizer import write_folder
 
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(

@@ -1,6 +1,5 @@
 """The processes of a run: one flat all-reduce of the gradients a step, which also carries the wish to stop."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,9 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum_with_flags(self, tensors: Iterable[torch.Tensor | None], like: Sequence[torch.Tensor], extra: list[float]) -> list[float]:
+    def sum_with_flags(
+        self, tensors: Iterable[torch.Tensor | None], like: Sequence[torch.Tensor], extra: list[float]
+    ) -> list[float]:
         """Sum gradients over the processes in place, together with a few numbers; returns the summed numbers.
 
         A rank that had no samples passes None for its gradients: they count as zero, and it gets the sums all the same.
@@ -42,10 +43,6 @@ class Processes:
         if self.count > 1:
             torch.distributed.barrier()
 
-
-def process_count() -> int:
-    """How many processes the launcher has started, without importing torch or waiting for them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 def join_processes() -> Processes:
     """Join the process group that the launcher describes in the environment."""

@@ -3,9 +3,10 @@
 import os
 import signal
 from types import FrameType
+from typing import Self
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Raised outside the loop, where there is nothing to save yet. `exit_code` is 130 or 143."""
 
     def __init__(self, exit_code: int) -> None:
@@ -18,21 +19,27 @@ def _under_launcher() -> bool:
 
 
 class Interrupt:
-    """What the process was told. Install it once, early: the parent seen then is taken for the launcher."""
+    """What the process was told while a `with` block runs. Enter it early: its parent then is the launcher."""
 
     def __init__(self) -> None:
         self._signal = 0
         self._deferred = False
         self._launcher = os.getppid() if _under_launcher() else None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
             os._exit(128 + number)
         self._signal = number
         if not self._deferred:
-            raise Stopped(128 + number)
+            raise StoppedError(128 + number)
 
     def defer(self) -> None:
         """From here on the loop asks; a signal no longer raises."""

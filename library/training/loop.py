@@ -1,6 +1,6 @@
 """The one training loop: batch -> latents and conditioning -> noise -> prediction -> loss -> update.
 
-Saves, previews and logging are due or not due after an update. Nothing about files, flags or model families stands here.
+Saves, previews and logging are due or not due after an update. Nothing about files, flags or families stands here.
 """
 
 import random
@@ -33,7 +33,7 @@ class Denoiser(Protocol):
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor: ...
 
 
-class NonFiniteLoss(Exception):
+class NonFiniteLossError(Exception):
     """The loss of an update is NaN or infinite; nothing was changed by it."""
 
 
@@ -98,7 +98,7 @@ class Loop:
         """Train to the end (returns 0), or save and return 130/143 when told to stop.
 
         Raises:
-            NonFiniteLoss: with the pictures and timesteps of the update; the weights are those before it.
+            NonFiniteLossError: with the pictures and timesteps of the update; the weights are those before it.
         """
         clock = self.settings.clock
         self.interrupt.defer()
@@ -187,7 +187,7 @@ class Loop:
             at = Coordinates(self.settings.seed, batch.epoch, batch.index, batch.positions)
             timesteps = draw_timesteps(at, self.settings.noise).tolist()
             lines += [f"{name} at timestep {t}" for name, t in zip(batch.names, timesteps, strict=True)]
-        raise NonFiniteLoss(
+        raise NonFiniteLossError(
             f"the loss of step {self.updates_done + 1} is {loss}; its pictures: {', '.join(lines)}. "
             "The weights before this step were fine and files saved so far are kept; "
             "try a lower --learning_rate, or --mixed_precision bf16 or no"

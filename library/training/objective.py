@@ -15,7 +15,7 @@ from library.rng import rng
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where in a run a micro-batch stands: `index` counts an epoch's global micro-batches, from 0."""
+    """Where a micro-batch stands: epochs count from 1, `index` counts an epoch's global micro-batches from 0."""
 
     seed: int
     epoch: int
@@ -25,7 +25,7 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """`--noise_offset`, `--min_timestep` (inclusive) and `--max_timestep` (exclusive; equal values fix the timestep)."""
+    """`--noise_offset`, `--min_timestep` (inclusive), `--max_timestep` (exclusive; equal values fix the timestep)."""
 
     noise_offset: float = 0.0
     min_timestep: int = 0

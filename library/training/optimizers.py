@@ -13,7 +13,7 @@ from library.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class OptimizerInfo:
-    """A named optimizer: how to get its class, and the keyword arguments that it gets unless the user says otherwise."""
+    """A named optimizer: how to get its class, and the arguments that it gets unless the user says otherwise."""
 
     name: str
     load: Callable[[], type[torch.optim.Optimizer]]

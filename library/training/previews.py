@@ -1,13 +1,13 @@
 """Preview pictures while training: PNGs in `sample/`, and one contact sheet that grows with the run.
 
-The pictures come from diffusers' own pipeline on the very modules that are trained. Nothing of the run is disturbed: the
-pipeline draws from its own generators, and the networks' mode is put back.
+The pictures come from the very modules that are trained. Nothing of the run is disturbed: samplers draw from generators
+of their own, and the network's mode is put back.
 """
 
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,16 +22,14 @@ _STAMP = "%Y%m%d%H%M%S"
 
 
 class Painter(Protocol):
-    """The model's part: one picture for one prompt of which every field is set."""
-
-    default_size: int
+    """The model's part: one picture for one prompt; it chooses the size where the prompt names none."""
 
     def paint(self, prompt: Prompt, seed: int) -> "Image": ...
 
 
 @dataclass(frozen=True)
 class PreviewWriter:
-    """Draws the prompts and files the pictures; `started_at` (unix seconds) tells this run's pictures from older ones."""
+    """Draws prompts and files pictures; `started_at` (unix seconds) tells this run's pictures from older ones."""
 
     painter: Painter
     prompts: Sequence[Prompt]
@@ -47,23 +45,11 @@ class PreviewWriter:
         tag = f"{updates_done:06d}" if epoch is None else f"e{epoch:06d}"
         for index, prompt in enumerate(track(self.prompts, f"previews at step {updates_done}", len(self.prompts))):
             seed = prompt.seed if prompt.seed is not None else int(rng(self.seed, "preview", index).integers(2**31))
-            image = self.painter.paint(self._complete(prompt), seed)
+            sampler = prompt.sample_sampler or self.sampler
+            image = self.painter.paint(replace(prompt, sample_sampler=sampler), seed)
             stem = f"{tag}_{index:02d}_{time.strftime(_STAMP)}_{seed}"
             _write_png(image, self.folder / f"{self._prefix}{stem}.png")
         self._write_sheet()
-
-    def _complete(self, prompt: Prompt) -> Prompt:
-        size = self.painter.default_size
-        return Prompt(
-            prompt=prompt.prompt,
-            negative_prompt=prompt.negative_prompt,
-            width=prompt.width or size,
-            height=prompt.height or size,
-            seed=prompt.seed,
-            sample_steps=prompt.sample_steps,
-            scale=prompt.scale,
-            sample_sampler=prompt.sample_sampler or self.sampler,
-        )
 
     @property
     def _prefix(self) -> str:
@@ -85,7 +71,9 @@ class PreviewWriter:
         from PIL import Image, ImageDraw
 
         rows = self._pictures()
-        cells = {(tag, index): Image.open(path).convert("RGB") for tag, row in rows.items() for index, path in row.items()}
+        cells = {
+            (tag, index): Image.open(path).convert("RGB") for tag, row in rows.items() for index, path in row.items()
+        }
         if not cells:
             return
         width = max(image.width for image in cells.values())

@@ -10,9 +10,9 @@ from typing import Any
 from library.errors import Problem, UserError, nearest
 
 SAMPLERS = (
-    "ddim pndm lms euler euler_a heun dpm_2 dpm_2_a dpmsolver dpmsolver++ dpmsingle "
-    "k_lms k_euler k_euler_a k_dpm_2 k_dpm_2_a"
-).split()
+    *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle"),
+    *("k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,14 @@ _OPTIONS: dict[str, tuple[str, type]] = {
     "l": ("scale", float),
     "ss": ("sample_sampler", str),
 }
-_TYPES: dict[str, type] = {name: kind for name, kind in _OPTIONS.values()} | {"prompt": str}
-_UNUSED = {"cn": "controlnet_image", "g": "guidance_scale", "ctr": "cfg_trunc_ratio", "rcfg": "renorm_cfg", "fs": "flow_shift"}
+_TYPES: dict[str, type] = dict(_OPTIONS.values()) | {"prompt": str}
+_UNUSED = {
+    "cn": "controlnet_image",
+    "g": "guidance_scale",
+    "ctr": "cfg_trunc_ratio",
+    "rcfg": "renorm_cfg",
+    "fs": "flow_shift",
+}
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
@@ -51,7 +57,9 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as fault:
-        raise UserError.single("--sample_prompts", f"{path} can't be read ({fault})", "give a UTF-8 text file") from fault
+        raise UserError.single(
+            "--sample_prompts", f"{path} can't be read ({fault})", "give a UTF-8 text file"
+        ) from fault
     readers = {".toml": _from_toml, ".json": _from_json, ".txt": _from_text}
     if path.suffix.lower() not in readers:
         raise UserError.single("--sample_prompts", f"{path} is of no known kind", "use a .txt, .toml or .json file")
@@ -142,8 +150,14 @@ def _build(values: dict[str, Any], where: str, problems: list[Problem]) -> Promp
             continue
         prompt = replace(prompt, **{key: converted})
     if prompt.sample_sampler is not None and prompt.sample_sampler not in SAMPLERS:
-        problems.append(Problem(where, f"sampler {prompt.sample_sampler!r} is not known", f"one of {', '.join(SAMPLERS)}"))
+        problems.append(
+            Problem(where, f"sampler {prompt.sample_sampler!r} is not known", f"one of {', '.join(SAMPLERS)}")
+        )
     if not 1 <= prompt.sample_steps <= 1000:
         problems.append(Problem(where, f"{prompt.sample_steps} sampling steps", "use 1 to 1000"))
-    sizes = {side: None if size is None else max(64, size - size % 8) for side, size in (("width", prompt.width), ("height", prompt.height))}
-    return replace(prompt, **sizes)
+    return replace(prompt, width=_floor_size(prompt.width), height=_floor_size(prompt.height))
+
+
+def _floor_size(size: int | None) -> int | None:
+    """Down to a multiple of 8, but not below 64, as sd-scripts does."""
+    return None if size is None else max(64, size - size % 8)

@@ -14,13 +14,13 @@ from library.training.steps import Save
 from library.training.trainable import Trainable
 
 
-@dataclass(frozen=True)
+@dataclass
 class Saver:
     """Where files go, and what goes into them.
 
     Attributes:
         metadata: updates done -> metadata of the weight file.
-        check: reads a written file back; raises if it is not as it should be, returns warnings.
+        check: reads a written file back; raises if it is not as it should be, returns what a user should know.
         snapshot: updates done -> the manifest of a state.
     """
 
@@ -32,6 +32,7 @@ class Saver:
     metadata: Callable[[int], dict[str, str]]
     check: Callable[[Path], list[str]]
     snapshot: Callable[[int], RunState]
+    latest_state: Path | None = None
 
     def save(self, save: Save, updates_done: int) -> Path:
         """Write what `save` asks for; returns the weight file."""
@@ -44,6 +45,7 @@ class Saver:
         if save.state:
             folder = self.output_dir / f"{save.stem}{SUFFIX}"
             write_state(folder, self.snapshot(updates_done), self.trainable.state_dict(), self.optimizer())
+            self.latest_state = folder
             say(f"saved {folder}")
         self._delete_expired(save)
         return path

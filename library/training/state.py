@@ -127,7 +127,9 @@ def read_state(folder: Path) -> RunState:
             )
         raise refuse("holds no manifest.json of lorasmith", "give a folder that --save_state has written, or `latest`")
     if manifest["version"] != FORMAT_VERSION:
-        raise refuse(f"has format version {manifest['version']}, this program reads {FORMAT_VERSION}", "update lorasmith")
+        raise refuse(
+            f"has format version {manifest['version']}, this program reads {FORMAT_VERSION}", "update lorasmith"
+        )
     for name, digest in manifest["files"].items():
         path = folder / name
         if not path.is_file() or _digest(path) != digest:

@@ -28,9 +28,9 @@ class Clock:
         return ceil(self.total_updates / self.updates_per_epoch)
 
     def position(self, updates_done: int) -> tuple[int, int]:
-        """(epoch, index of its next micro-batch), both from 0, after so many updates."""
-        epoch, update = divmod(updates_done, self.updates_per_epoch)
-        return epoch, update * self.accumulation
+        """(epoch from 1, index of its next micro-batch from 0), after so many updates."""
+        finished, update = divmod(updates_done, self.updates_per_epoch)
+        return finished + 1, update * self.accumulation
 
     def group_size(self, index: int) -> int:
         """How many micro-batches the update holds that micro-batch `index` of an epoch belongs to."""
@@ -151,5 +151,8 @@ class PreviewPlan:
         if updates_done == 0:
             return self.at_first
         if self.every_n_epochs:
-            return clock.ends_epoch(updates_done) and ceil(updates_done / clock.updates_per_epoch) % self.every_n_epochs == 0
+            return (
+                clock.ends_epoch(updates_done)
+                and ceil(updates_done / clock.updates_per_epoch) % self.every_n_epochs == 0
+            )
         return bool(self.every_n_steps) and updates_done % (self.every_n_steps or 1) == 0

@@ -6,7 +6,6 @@ optional call, nothing happens.
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ import torch
 
 from library.errors import UserError
 from library.training.objective import Coordinates
+from library.training.prepare import LearningRates
 
 
 class Trainable(Protocol):
@@ -30,14 +30,6 @@ class Trainable(Protocol):
     def state_dict(self) -> dict[str, torch.Tensor]: ...
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str]) -> None: ...
-
-
-@dataclass(frozen=True)
-class LearningRates:
-    """A part whose rate is 0 is not trained: neither attached nor saved."""
-
-    unet: float
-    text_encoder: float
 
 
 class NetworkTrainable:
@@ -102,6 +94,10 @@ class NetworkTrainable:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.network.state_dict()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what stands in a state and in a file."""
+        return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.network.load_state_dict(dict(tensors), strict=True)

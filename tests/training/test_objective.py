@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from library.training.objective import Coordinates, NoiseSettings, Objective, draw_noise, draw_timesteps
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data/vectors/loss_weights.json").read_text())

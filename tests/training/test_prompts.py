@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from library.errors import UserError
 from library.training.prompts import Prompt, read_prompts
 
@@ -21,8 +22,12 @@ def test_text_lines_with_options(tmp_path: Path) -> None:
 
 
 def test_toml_subsets_override_defaults(tmp_path: Path) -> None:
-    text = '[prompt]\nscale = 3\nwidth = 128\n[[prompt.subset]]\nprompt = "a"\n[[prompt.subset]]\nprompt = "b"\nscale = 9\n'
-    assert read_prompts(file(tmp_path, "p.toml", text)) == (Prompt("a", width=128, scale=3.0), Prompt("b", width=128, scale=9.0))
+    subsets = '[[prompt.subset]]\nprompt = "a"\n[[prompt.subset]]\nprompt = "b"\nscale = 9\n'
+    text = f"[prompt]\nscale = 3\nwidth = 128\n{subsets}"
+    assert read_prompts(file(tmp_path, "p.toml", text)) == (
+        Prompt("a", width=128, scale=3.0),
+        Prompt("b", width=128, scale=9.0),
+    )
 
 
 def test_json_lists(tmp_path: Path) -> None:

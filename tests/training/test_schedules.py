@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from library.training.schedules import SCHEDULES, Curve, learning_rate, warmup_steps
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data/vectors/schedules.json").read_text())

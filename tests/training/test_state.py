@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from library.errors import UserError
 from library.training import state as states
 from library.training.state import RunState, check_same_run, find_latest, load_tensors, read_state, schedule_total
@@ -77,7 +78,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
 
 def test_a_state_of_sd_scripts_is_refused_with_advice(tmp_path: Path) -> None:
     (tmp_path / "train_state.json").write_text("{}")
-    with pytest.raises(UserError, match="sd-scripts.*--network_weights"):
+    with pytest.raises(UserError, match=r"sd-scripts.*--network_weights"):
         read_state(tmp_path)
 
 

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from library.training.steps import Clock, PreviewPlan, SavePlan, epochs_between_saves, make_clock
 
 
@@ -19,7 +20,7 @@ def test_updates_partition_the_micro_batches_of_every_epoch(batches: int, accumu
     assert group == 0 and len(sizes) == clock.updates_per_epoch
     for done in range(total):
         epoch, index = clock.position(done)
-        assert epoch * clock.updates_per_epoch + sum(1 for i in range(index) if clock.ends_update(i)) == done
+        assert (epoch - 1) * clock.updates_per_epoch + sum(1 for i in range(index) if clock.ends_update(i)) == done
 
 
 def test_epochs_override_steps() -> None:
@@ -28,7 +29,9 @@ def test_epochs_override_steps() -> None:
 
 
 def stems(plan: SavePlan, clock: Clock) -> list[tuple[int, str, str]]:
-    return [(done, save.kind, save.stem) for done in range(1, clock.total_updates + 1) for save in plan.due(done, clock)]
+    return [
+        (done, save.kind, save.stem) for done in range(1, clock.total_updates + 1) for save in plan.due(done, clock)
+    ]
 
 
 def test_names_and_moments_are_those_of_sd_scripts() -> None:
@@ -58,7 +61,10 @@ def test_old_files_expire_as_in_sd_scripts() -> None:
 
 def test_states_are_saved_when_asked_and_always_on_a_stop() -> None:
     clock = Clock(2, 1, 4)
-    assert [save.state for save in SavePlan("x", save_state_on_train_end=True, every_n_steps=2).due(4, clock)] == [False, True]
+    assert [save.state for save in SavePlan("x", save_state_on_train_end=True, every_n_steps=2).due(4, clock)] == [
+        False,
+        True,
+    ]
     assert SavePlan("x").on_stop(3).state
 
 

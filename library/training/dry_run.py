@@ -1,0 +1,79 @@
+"""`--dry_run`: everything that a run would do, as tables on stdout. Imports no torch."""
+
+from library.data import report
+from library.models.lora_targets import parameter_count, ranked, targets
+from library.training.prepare import Prepared
+from library.training.state import SUFFIX
+from library.training.steps import Clock, SavePlan
+
+BYTES = {None: 4, "float": 4, "fp16": 2, "bf16": 2}
+SHOWN = 6
+
+
+def show(prepared: Prepared) -> None:
+    """Print the tables of data, steps, files and network."""
+    options, plan, clock = prepared.options, prepared.plan, prepared.clock
+    report.show_data(prepared.scan, plan, seed=prepared.seed, token_limit=options.model.max_token_length or 75)
+    report.steps_table(
+        samples=plan.samples_per_epoch,
+        batches=clock.batches_per_epoch,
+        accumulation=clock.accumulation,
+        updates_per_epoch=clock.updates_per_epoch,
+        epochs=clock.epochs,
+        steps=clock.total_updates,
+        global_batch="+".join(str(plan.global_batch_size(number)) for number in range(len(plan.datasets))),
+    )
+    report.saves_table(_save_rows(prepared))
+    report.network_table(_network_rows(prepared))
+
+
+def _save_rows(prepared: Prepared) -> list[tuple[str, str, str]]:
+    clock, plan = prepared.clock, prepared.saves
+    rows = []
+    for done in _moments(plan, clock):
+        for save in plan.due(done, clock):
+            rows.append(("weights", f"step {done}", f"{save.stem}.safetensors"))
+            if save.state:
+                rows.append(("state", f"step {done}", f"{save.stem}{SUFFIX}/"))
+    if len(rows) > 2 * SHOWN:
+        left_out = len(rows) - 2 * SHOWN
+        rows = [*rows[:SHOWN], ("...", f"{left_out} more", "..."), *rows[-SHOWN:]]
+    if prepared.prompts:
+        drawn = [done for done in range(clock.total_updates + 1) if prepared.previews.due(done, clock)]
+        when = ", ".join(str(done) for done in drawn[:8]) + (" ..." if len(drawn) > 8 else "")
+        rows.append((f"{len(prepared.prompts)} previews", f"steps {when}" if drawn else "never", "sample/"))
+    return rows
+
+
+def _moments(plan: SavePlan, clock: Clock) -> list[int]:
+    """The steps after which something may be saved, without walking through every step of a long run."""
+    moments = {clock.total_updates}
+    if plan.every_n_steps:
+        moments |= set(range(plan.every_n_steps, clock.total_updates + 1, plan.every_n_steps))
+    if plan.every_n_epochs:
+        stride = plan.every_n_epochs * clock.updates_per_epoch
+        moments |= set(range(stride, clock.total_updates + 1, stride))
+    return sorted(moments)
+
+
+def _network_rows(prepared: Prepared) -> list[tuple[str, int, str, int, float]]:
+    """One row per trained part of a LoRA of ours; another module's size is known only when it is made."""
+    options = prepared.options
+    network = options.network
+    if network.network_module != "networks.lora" or network.dim_from_weights:
+        what = "ranks of --network_weights" if network.dim_from_weights else "size known when it is made"
+        return [(f"{network.network_module}: {what}", 0, "-", 0, 0.0)]
+    arguments = dict(text.split("=", 1) for text in network.network_args or ())
+    dim = network.network_dim or 4
+    conv_dim = int(arguments["conv_dim"]) if "conv_dim" in arguments else None
+    found = targets(prepared.model.unet_config, prepared.model.text_encoder_configs, conv=conv_dim is not None)
+    trained = prepared.rates
+    rows = []
+    for part, rate in (("unet", trained.unet), ("text_encoder", trained.text_encoder)):
+        chosen = [target for target in found if target.part == part]
+        if rate:
+            count = parameter_count(chosen, dim, conv_dim)
+            modules = len(list(ranked(chosen, dim, conv_dim)))
+            rank = f"{dim} ({network.network_alpha:g})" + (f", 3x3: {conv_dim}" if conv_dim else "")
+            rows.append((part, modules, rank, count, float(count * BYTES[options.output.save_precision])))
+    return rows

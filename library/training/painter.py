@@ -1,0 +1,34 @@
+"""Draws one preview with the very modules that are trained."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from library.models.sd1 import Model
+from library.training.prompts import Prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class ModelPainter:
+    """Pictures from a model as it stands now; where a prompt names no size, the size that the model was trained for."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.default_size = int(model.info.unet_config.get("sample_size", 64)) * model.vae_factor
+
+    def paint(self, prompt: Prompt, seed: int) -> "Image":
+        """One RGB picture; the same seed gives the same starting noise on every device."""
+        side = self.default_size
+        draw = self._model.pipeline(prompt.sample_sampler or "ddim")
+        result = draw(
+            prompt.prompt,
+            prompt.negative_prompt,
+            width=prompt.width or side,
+            height=prompt.height or side,
+            num_inference_steps=prompt.sample_steps,
+            guidance_scale=prompt.scale,
+            generator=torch.Generator("cpu").manual_seed(seed),
+        )
+        return result.images[0]

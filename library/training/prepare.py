@@ -1,0 +1,249 @@
+"""Everything about a run that can be known before a model is loaded. Imports no torch, so that it answers at once.
+
+What is wrong with the options, the data, the base model's file, the prompts or the state to resume is collected here
+and shown together; a dry run prints what this finds.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from library.data.plan import Plan, build_plan
+from library.data.report import pictures_table
+from library.data.sources import Scan, survey
+from library.errors import Problem, UserError
+from library.models.inspect import ModelInfo, inspect
+from library.options import Options, load_datasets
+from library.options.specs import DatasetSpec
+from library.training.prompts import Prompt, read_prompts
+from library.training.state import RunState, check_same_run, find_latest, read_state, schedule_total
+from library.training.steps import Clock, PreviewPlan, SavePlan, epochs_between_saves, make_clock
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Rates of the two parts. A part whose rate is 0 is not trained: neither attached nor saved."""
+
+    unet: float
+    text_encoder: float
+
+    @property
+    def trained(self) -> tuple[Literal["unet", "text_encoder"], ...]:
+        """The parts that are trained."""
+        parts: list[Literal["unet", "text_encoder"]] = []
+        if self.unet:
+            parts.append("unet")
+        if self.text_encoder:
+            parts.append("text_encoder")
+        return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The state folder that a run goes on from."""
+
+    folder: Path
+    state: RunState
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start: what it reads, in which order, and what it does when.
+
+    `schedule_total` is the number of steps that the learning-rate curve spans; `settings` is what a resumed run must
+    share with the one that it goes on from.
+    """
+
+    options: Options
+    specs: tuple[DatasetSpec, ...]
+    model: ModelInfo
+    scan: Scan
+    plan: Plan
+    clock: Clock
+    saves: SavePlan
+    previews: PreviewPlan
+    prompts: tuple[Prompt, ...]
+    resume: Resume | None
+    seed: int
+    schedule_total: int
+    settings: dict[str, str]
+    rates: LearningRates
+    notices: tuple[str, ...]
+
+
+class _Collector:
+    """Runs one preparation after another and keeps what each complains about."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def attempt(self, action: Callable[[], Result]) -> Result | None:
+        try:
+            return action()
+        except UserError as error:
+            self.problems += error.problems
+            return None
+
+
+def prepare(options: Options) -> Prepared:
+    """Look at everything that the options name.
+
+    Raises:
+        UserError: all problems that were found.
+    """
+    collect = _Collector()
+    output = options.output
+    notices: list[str] = list(options.notices)
+    model = collect.attempt(lambda: inspect(str(options.model.pretrained_model_name_or_path)))
+    specs = collect.attempt(lambda: load_datasets(options))
+    found = survey(specs) if specs else None
+    if found:
+        collect.attempt(found.check)
+        if options.config.dry_run and collect.problems:
+            pictures_table(found)
+    factor = model.vae_factor if model else 8
+    plan = (
+        collect.attempt(lambda: build_plan(specs, found.records, factor, _process_count())) if specs and found else None
+    )
+    if specs and (options.caching.cache_latents or options.caching.cache_latents_to_disk):
+        collect.problems += _random_crops(specs)
+    prompts: tuple[Prompt, ...] = ()
+    if options.sampling.sample_prompts:
+        path = Path(options.sampling.sample_prompts)
+        prompts = collect.attempt(lambda: read_prompts(path)) or ()
+    resume = collect.attempt(lambda: _find_resume(options, notices))
+    if collect.problems or not (model and specs and found and plan):
+        raise UserError(collect.problems)
+    notices += [*found.notices, *plan.notices]
+    training = options.training
+    clock = make_clock(
+        plan.batches_per_epoch,
+        training.gradient_accumulation_steps,
+        training.max_train_steps,
+        training.max_train_epochs,
+    )
+    saves = SavePlan(
+        output.output_name,
+        epochs_between_saves(output.save_every_n_epochs, output.save_n_epoch_ratio, clock.epochs),
+        output.save_every_n_steps,
+        output.save_last_n_epochs,
+        output.save_last_n_steps,
+        output.save_last_n_epochs_state,
+        output.save_last_n_steps_state,
+        output.save_state,
+        output.save_state_on_train_end,
+    )
+    sampling = options.sampling
+    previews = PreviewPlan(sampling.sample_every_n_steps, sampling.sample_every_n_epochs, sampling.sample_at_first)
+    seed, span = _seed(training.seed, resume), clock.total_updates
+    settings = _settings(options, plan, model, clock, seed)
+    if resume:
+        check_same_run(resume.state, settings)
+        span = schedule_total(resume.state, clock.total_updates, training.resume_schedule)
+    return Prepared(
+        options=options,
+        specs=specs,
+        model=model,
+        scan=found,
+        plan=plan,
+        clock=clock,
+        saves=saves,
+        previews=previews,
+        prompts=prompts,
+        resume=resume,
+        seed=seed,
+        schedule_total=span,
+        settings=settings,
+        rates=_rates(options),
+        notices=tuple(notices),
+    )
+
+
+def _settings(options: Options, plan: Plan, model: ModelInfo, clock: Clock, seed: int) -> dict[str, str]:
+    """What a resumed run must share with the one that it goes on from."""
+    network, optimizer = options.network, options.optimizer
+    shape = {
+        "module": network.network_module,
+        "dim": network.network_dim,
+        "alpha": network.network_alpha,
+        "dropout": network.network_dropout,
+        "args": sorted(network.network_args or ()),
+        "dim_from_weights": str(network.network_weights) if network.dim_from_weights else None,
+        "parts": _rates(options).trained,
+    }
+    return {
+        "seed": str(seed),
+        "data": plan.fingerprint(),
+        "base model": _model_fingerprint(model),
+        "batch size over all processes": "+".join(str(plan.global_batch_size(n)) for n in range(len(plan.datasets))),
+        "gradient_accumulation_steps": str(clock.accumulation),
+        "network": json.dumps(shape),
+        "optimizer": " ".join([optimizer.optimizer_type or "AdamW", *(optimizer.optimizer_args or ())]),
+        "mixed_precision": options.model.mixed_precision or "no",
+    }
+
+
+def _model_fingerprint(model: ModelInfo) -> str:
+    """Sizes and pieces of the base model's files: tells models apart without reading gigabytes."""
+    digest = hashlib.sha256()
+    for path in model.files():
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            for offset in (0, size // 2, max(0, size - 65536)):
+                file.seek(offset)
+                digest.update(file.read(65536))
+    return digest.hexdigest()[:16]
+
+
+def _process_count() -> int:
+    """How many processes the launcher has started, as it says in the environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _random_crops(specs: tuple[DatasetSpec, ...]) -> list[Problem]:
+    """Latents are made once, so a cut that changes every time can't be cached."""
+    subsets = [subset for spec in specs for subset in spec.subsets if subset.random_crop]
+    wrong = "random_crop can't be used with cached latents"
+    return [Problem(subset.where or str(subset.image_dir), wrong, "turn one of them off") for subset in subsets]
+
+
+def _rates(options: Options) -> LearningRates:
+    optimizer, network = options.optimizer, options.network
+    unet = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
+    text_encoder = optimizer.text_encoder_lr[0] if optimizer.text_encoder_lr else optimizer.learning_rate
+    return LearningRates(
+        0.0 if network.network_train_text_encoder_only else unet,
+        0.0 if network.network_train_unet_only else text_encoder,
+    )
+
+
+def _seed(seed: int | None, resume: Resume | None) -> int:
+    """The user's seed, that of the run that goes on, or a new one."""
+    if seed is not None:
+        return seed
+    return resume.state.seed if resume else secrets.randbits(32)
+
+
+def _find_resume(options: Options, notices: list[str]) -> Resume | None:
+    """`--resume`: a folder, or `latest`, which starts anew where there is no state yet."""
+    wanted = options.training.resume
+    if wanted is None:
+        return None
+    if str(wanted) != "latest":
+        folder = Path(wanted)
+        return Resume(folder, read_state(folder))
+    output_dir = Path(str(options.output.output_dir))
+    found = find_latest(output_dir, options.output.output_name)
+    if found is None:
+        notices.append(f"--resume latest: {output_dir} holds no state of this run yet, so it starts from the beginning")
+        return None
+    notices.append(f"--resume latest: going on from {found}")
+    return Resume(found, read_state(found))

@@ -1,0 +1,152 @@
+"""What a weight file tells about the run that made it: facts of the run, gathered for library.weights.metadata.
+
+The hash of the base model is worked out in the background from the start on, because a file of gigabytes takes seconds.
+"""
+
+import base64
+import mimetypes
+import threading
+import time
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import library
+from library.console import warn
+from library.data.captions import tag_frequency
+from library.data.plan import Dataset
+from library.options import SubsetSpec
+from library.training.prepare import Prepared
+from library.weights.hashes import legacy_hash, sha256
+from library.weights.metadata import (
+    DatasetFacts,
+    FileFacts,
+    ModelSpec,
+    Progress,
+    RunFacts,
+    Settings,
+    SubsetFacts,
+    lora_metadata,
+    training_metadata,
+)
+
+_TEXTS = (
+    *("author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from", "trigger_phrase"),
+    *("preprocessor", "is_negative_embedding"),
+)
+
+
+class RunRecord:
+    """The metadata of every file that one run writes."""
+
+    def __init__(self, prepared: Prepared, version: str, session_id: int, started_at: float, optimizer: str) -> None:
+        """`version` is the base model's, such as `sd_v1`; times are unix seconds; `optimizer` is its full label."""
+        self._prepared = prepared
+        self._version = version
+        plan, options = prepared.plan, prepared.options
+        self._facts = RunFacts(
+            session_id=session_id,
+            started_at=started_at,
+            base_model_version=version,
+            base_model=FileFacts(prepared.model.path.name),
+            optimizer=optimizer,
+            num_batches_per_epoch=plan.batches_per_epoch,
+            num_epochs=prepared.clock.epochs,
+            total_batch_size=plan.global_batch_size(0),
+            datasets=tuple(_dataset_facts(dataset, prepared) for dataset in plan.datasets),
+            from_config=options.dataset.dataset_config is not None,
+            network_args=_network_args(options.network.network_args),
+        )
+        self._texts = {name: options.value(f"metadata_{name}") for name in _TEXTS}
+        self._texts["thumbnail"] = _thumbnail(self._texts["thumbnail"])
+        self._hashing = threading.Thread(target=self._hash_base_model, daemon=True)
+        self._hashing.start()
+
+    def _hash_base_model(self) -> None:
+        path = self._prepared.model.path
+        hashed = FileFacts(path.name, legacy_hash(path), sha256(path))
+        self._facts = replace(self._facts, base_model=hashed)
+
+    def metadata(self, updates_done: int) -> dict[str, str]:
+        """All text of a file saved after `updates_done` updates; the file's own hashes are added when it is written."""
+        self._hashing.join()
+        prepared, now = self._prepared, time.time()
+        options = prepared.options
+        settings = replace(
+            Settings.of(options.effective()), seed=prepared.seed, max_train_steps=prepared.clock.total_updates
+        )
+        progress = Progress(updates_done // prepared.clock.updates_per_epoch, updates_done, now)
+        spec = ModelSpec(
+            base_model_version=self._version,
+            date=datetime.fromtimestamp(now),
+            implementation_version=f"lorasmith/{library.__version__}",
+            title=options.output.metadata_title or options.output.output_name,
+            resolution=prepared.specs[0].resolution,
+            v_prediction=prepared.model.prediction_type == "v_prediction",
+            min_timestep=options.loss.min_timestep,
+            max_timestep=options.loss.max_timestep,
+            clip_skip=options.model.clip_skip,
+            texts=self._texts,
+        )
+        training = training_metadata(self._facts, settings)
+        return lora_metadata(training, progress, spec, no_metadata=options.output.no_metadata)
+
+
+def _network_args(texts: tuple[str, ...] | None) -> dict[str, str] | None:
+    if not texts:
+        return None
+    return {key.strip(): value for key, _, value in (text.partition("=") for text in texts)}
+
+
+def _thumbnail(value: str | None) -> str | None:
+    """A data URL as it is; a picture's path becomes one; anything else is left out with a warning."""
+    if value is None or value.startswith("data:"):
+        return value
+    path = Path(value)
+    kind = mimetypes.guess_type(path.name)[0] or ""
+    if not path.is_file() or not kind.startswith("image/"):
+        warn(f"--metadata_thumbnail: {value} is no picture that can be read; the file gets none")
+        return None
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _subset_facts(spec: SubsetSpec, count: int) -> SubsetFacts:
+    caption = spec.caption
+    return SubsetFacts(
+        image_dir=spec.image_dir.resolve().name,
+        img_count=count,
+        num_repeats=spec.num_repeats,
+        is_reg=spec.is_reg,
+        class_tokens=spec.class_tokens,
+        flip_aug=spec.flip_aug,
+        random_crop=spec.random_crop,
+        shuffle_caption=caption.shuffle,
+        keep_tokens=caption.keep_tokens,
+        keep_tokens_separator=caption.keep_tokens_separator,
+        secondary_separator=caption.secondary_separator,
+        enable_wildcard=caption.wildcards,
+        caption_prefix=caption.prefix,
+        caption_suffix=caption.suffix,
+        resize_interpolation=spec.resize_interpolation,
+    )
+
+
+def _dataset_facts(dataset: Dataset, prepared: Prepared) -> DatasetFacts:
+    spec, records = dataset.spec, dataset.records
+    counts = [sum(record.subset == number for record in records) for number in range(len(spec.subsets))]
+    buckets = tuple((bucket, len(samples)) for bucket, samples in dataset.samples.items()) if spec.enable_bucket else ()
+    errors = [abs(fit.ar_error) for fit in dataset.fits]
+    return DatasetFacts(
+        batch_size=spec.batch_size,
+        num_train_images=sum(record.repeats for record in records if not record.is_reg),
+        num_reg_images=sum(record.repeats for record in records if record.is_reg),
+        resolution=spec.resolution,
+        enable_bucket=spec.enable_bucket,
+        min_bucket_reso=spec.min_bucket_reso if spec.enable_bucket else None,
+        max_bucket_reso=spec.max_bucket_reso if spec.enable_bucket else None,
+        bucket_no_upscale=spec.bucket_no_upscale,
+        subsets=tuple(_subset_facts(*pair) for pair in zip(spec.subsets, counts, strict=True)),
+        tag_frequency=tag_frequency(records, prepared.specs),
+        buckets=buckets,
+        mean_ar_error=sum(errors) / len(errors) if errors else 0.0,
+    )

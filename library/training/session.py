@@ -1,0 +1,328 @@
+"""From a prepared run to a finished one: load, cache, attach, and let the loop run. Only here all rooms are known."""
+
+import importlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.console import error, say
+from library.data.cache import LatentCache, LatentStore
+from library.data.loader import Loader
+from library.errors import UserError
+from library.models.load import load
+from library.models.sd1 import Model
+from library.rng import rng
+from library.training.distributed import Processes, join_processes
+from library.training.interrupt import Interrupt
+from library.training.loop import Events, Loop, LoopSettings, NonFiniteLossError, seed_foreign_generators
+from library.training.objective import NoiseSettings, Objective
+from library.training.optimizers import build_optimizer, parse_arguments
+from library.training.painter import ModelPainter
+from library.training.phases import Phases
+from library.training.prepare import Prepared
+from library.training.previews import PreviewWriter
+from library.training.record import RunRecord
+from library.training.saving import Saver
+from library.training.schedules import Curve, warmup_steps
+from library.training.state import RunState, load_tensors
+from library.training.steps import Save
+from library.training.tracking import LossAverage, NoTracker, TensorBoard, Tracker
+from library.training.trainable import NetworkTrainable
+from library.weights.check import check_file
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run keeps over every resume."""
+
+    session_id: int
+    started_at: float
+
+
+def train(prepared: Prepared, argv: Sequence[str], interrupt: Interrupt, phases: Phases) -> int:
+    """Run to the end. Returns 0, 1 (the loss is no number), 130 or 143 (told to stop; weights and state are saved).
+
+    Raises:
+        UserError: what could be known only with the model or the device at hand.
+    """
+    with phases.phase("start"):
+        processes = join_processes()
+    dtype = _compute_dtype(prepared, processes)
+    with phases.phase("model", f"loading {prepared.model.path}"):
+        model = _load_model(prepared, processes, dtype)
+    with phases.phase("latents"):
+        latents = _cache_latents(prepared, model, processes)
+    with phases.phase("network"):
+        trainable = _attach_network(prepared, model, processes)
+        loop, saver = _assemble(prepared, model, trainable, latents, processes, interrupt, phases)
+    first = loop.updates_done
+    try:
+        with phases.phase("steps"):
+            exit_code = loop.run()
+    except NonFiniteLossError as fault:
+        error(str(fault))
+        return 1
+    finally:
+        loop.events.tracker.close()
+    if processes.is_main:
+        say(phases.summary(loop.updates_done - first))
+        if exit_code:
+            say(f"stopped after step {loop.updates_done} of {prepared.clock.total_updates}; to go on:")
+            say(f"  {resume_command(argv, saver.latest_state or Path('latest'))}")
+    return exit_code
+
+
+def _compute_dtype(prepared: Prepared, processes: Processes) -> torch.dtype:
+    """The dtype of the frozen parts.
+
+    Raises:
+        UserError: float16 on a CPU, where a step takes hundreds of times as long.
+    """
+    precision = prepared.options.model.mixed_precision or "no"
+    if precision == "fp16" and processes.device.type == "cpu":
+        raise UserError.single("--mixed_precision", "fp16 is hundreds of times slower on a CPU", "use bf16 or no")
+    if prepared.options.model.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return _DTYPES[precision]
+
+
+def _load_model(prepared: Prepared, processes: Processes, dtype: torch.dtype) -> Model:
+    options = prepared.options.model
+    return load(
+        prepared.model,
+        device=processes.device,
+        dtype=dtype,
+        clip_skip=options.clip_skip,
+        max_token_length=options.max_token_length,
+    )
+
+
+def _cache_latents(prepared: Prepared, model: Model, processes: Processes) -> LatentStore | None:
+    """Encode every picture once, if asked to; the VAE is let go afterwards."""
+    caching = prepared.options.caching
+    if not (caching.cache_latents or caching.cache_latents_to_disk):
+        return None
+    store = LatentCache.build(
+        prepared.plan,
+        model.encode_images,
+        vae_id=model.vae_id(),
+        to_disk=caching.cache_latents_to_disk,
+        vae_batch_size=caching.vae_batch_size,
+        dtype=str(model.vae_dtype).removeprefix("torch."),
+        trust_foreign=caching.trust_foreign_caches == "yes",
+        threads=min(prepared.options.dataset.max_data_loader_n_workers, os.cpu_count() or 1),
+        rank=processes.rank,
+        world_size=processes.count,
+        wait=processes.wait,
+    )
+    model.release_vae()
+    return store
+
+
+def _network_arguments(prepared: Prepared) -> dict[str, Any]:
+    options = prepared.options.network
+    pairs = (text.partition("=") for text in options.network_args or ())
+    arguments: dict[str, Any] = {key.strip(): value for key, _, value in pairs}
+    return {"dropout": options.network_dropout, **arguments}
+
+
+def _attach_network(prepared: Prepared, model: Model, processes: Processes) -> NetworkTrainable:
+    """Create the network, put it on the model and load what it starts from."""
+    options = prepared.options.network
+    name = str(options.network_module)
+    module = importlib.import_module(name)
+    seed_foreign_generators(prepared.seed, -1)
+    arguments = _network_arguments(prepared)
+    if name.startswith("networks."):
+        arguments["seed"] = prepared.seed
+    weights = options.network_weights
+    if options.dim_from_weights and weights:
+        network, _ = module.create_network_from_weights(
+            1.0, str(weights), model.vae, model.network_text_encoder, model.unet, **arguments
+        )
+    else:
+        network = module.create_network(
+            1.0,
+            options.network_dim,
+            options.network_alpha,
+            model.vae,
+            model.network_text_encoder,
+            model.unet,
+            neuron_dropout=options.network_dropout,
+            **arguments,
+        )
+    trainable = NetworkTrainable(
+        network, model.unet, model.network_text_encoder, prepared.rates, prepared.options.optimizer.learning_rate
+    )
+    if weights:
+        trainable.load_weights(Path(weights))
+    trainable.to(processes.device)
+    if prepared.options.model.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+        trainable.enable_gradient_checkpointing()
+    trainable.prepare()
+    return trainable
+
+
+def _tracker(prepared: Prepared, processes: Processes) -> Tracker:
+    options = prepared.options.logging
+    if not options.logging_dir or not processes.is_main:
+        return NoTracker()
+    return TensorBoard(Path(options.logging_dir), options.log_prefix, options.log_tracker_name)
+
+
+def _assemble(
+    prepared: Prepared,
+    model: Model,
+    trainable: NetworkTrainable,
+    latents: LatentStore | None,
+    processes: Processes,
+    interrupt: Interrupt,
+    phases: Phases,
+) -> tuple[Loop, Saver]:
+    """The loop with everything around it, standing where the run starts or goes on."""
+    options, clock, resume = prepared.options, prepared.clock, prepared.resume
+    optimizer, label = build_optimizer(
+        options.optimizer.optimizer_type,
+        trainable.groups,
+        parse_arguments(options.optimizer.optimizer_args or (), "--optimizer_args"),
+    )
+    identity = _identity(prepared)
+    losses = resume.state.losses if resume else ()
+    average = LossAverage(clock.updates_per_epoch, losses)
+    loss, rates = options.loss, options.optimizer
+    arguments = parse_arguments(rates.lr_scheduler_args or (), "--lr_scheduler_args")
+    curve = Curve(
+        prepared.schedule_total,
+        warmup_steps(rates.lr_warmup_steps, prepared.schedule_total),
+        rates.lr_scheduler_num_cycles,
+        rates.lr_scheduler_power,
+        **({"end_lr": float(arguments["lr_end"])} if "lr_end" in arguments else {}),
+    )
+    noise = NoiseSettings(loss.noise_offset or 0.0, loss.min_timestep or 0, loss.max_timestep or 1000)
+    objective = Objective(model.alphas_cumprod, model.prediction_type, loss.min_snr_gamma, processes.device)
+    loader = Loader(
+        prepared.plan,
+        seed=prepared.seed,
+        latents=latents,
+        workers=options.dataset.max_data_loader_n_workers,
+        prior_loss_weight=loss.prior_loss_weight,
+        rank=processes.rank,
+        world_size=processes.count,
+    )
+    record = RunRecord(prepared, model.base_model_version, identity.session_id, identity.started_at, label)
+
+    def snapshot(updates_done: int) -> RunState:
+        return RunState(
+            updates_done,
+            identity.session_id,
+            identity.started_at,
+            prepared.seed,
+            prepared.schedule_total,
+            clock.total_updates,
+            tuple(average.losses),
+            prepared.settings,
+        )
+
+    output_dir = Path(str(options.output.output_dir))
+    saver = Saver(
+        output_dir,
+        ".safetensors",
+        _SAVE_DTYPES[options.output.save_precision],
+        trainable,
+        lambda: {"optimizer": optimizer.state_dict(), "scaler": loop.scaler.state_dict()},
+        record.metadata,
+        lambda path: check_file(path, trainable.shapes(), trained_parts=prepared.rates.trained),
+        snapshot,
+    )
+
+    def save(wanted: Save, updates_done: int) -> None:
+        with phases.phase("saving"):
+            saver.save(wanted, updates_done)
+
+    preview = (
+        _preview(prepared, model, identity, output_dir, phases) if prepared.prompts and processes.is_main else None
+    )
+    loop = Loop(
+        LoopSettings(
+            prepared.seed,
+            clock,
+            rates.lr_scheduler,
+            curve,
+            rates.max_grad_norm,
+            noise,
+            loss_scale=options.model.mixed_precision == "fp16",
+        ),
+        model,
+        trainable,
+        optimizer,
+        objective,
+        loader,
+        Events(prepared.saves, save, prepared.previews, preview, _tracker(prepared, processes)),
+        processes,
+        interrupt,
+        average,
+        resume.state.updates_done if resume else 0,
+    )
+    if resume:
+        tensors, other = load_tensors(resume.folder)
+        trainable.load_state_dict(tensors)
+        optimizer.load_state_dict(other["optimizer"])
+        loop.scaler.load_state_dict(other["scaler"])
+        say(f"resumed from {resume.folder} at step {resume.state.updates_done} of {clock.total_updates}")
+    return loop, saver
+
+
+def _identity(prepared: Prepared) -> Identity:
+    """A new run's identity, or that of the run that goes on. The same run started again has the same session id."""
+    if prepared.resume:
+        return Identity(prepared.resume.state.session_id, prepared.resume.state.started_at)
+    drawn = rng(prepared.seed, "foreign", "session", json.dumps(prepared.settings)).integers(2**32)
+    return Identity(int(drawn), time.time())
+
+
+def _preview(prepared: Prepared, model: Model, identity: Identity, output_dir: Path, phases: Phases) -> Any:
+    writer = PreviewWriter(
+        ModelPainter(model),
+        prepared.prompts,
+        output_dir / "sample",
+        prepared.options.output.output_name,
+        prepared.options.sampling.sample_sampler,
+        prepared.seed,
+        identity.started_at,
+    )
+    clock, by_epoch = prepared.clock, prepared.previews.every_n_epochs is not None
+
+    def draw(updates_done: int) -> None:
+        epoch = -(-updates_done // clock.updates_per_epoch) if by_epoch and updates_done else None
+        with phases.phase("previews"):
+            writer.draw(updates_done, epoch)
+
+    return draw
+
+
+def resume_command(argv: Sequence[str], state: Path) -> str:
+    """The command line that goes on from `state`."""
+    arguments: list[str] = []
+    skip = False
+    for argument in argv:
+        if skip or argument.startswith("--resume="):
+            skip = False
+        elif argument == "--resume":
+            skip = True
+        else:
+            arguments.append(argument)
+    cpu = ["--cpu"] if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else []
+    return shlex.join(["accelerate", "launch", *cpu, "--quiet", sys.argv[0], *arguments, "--resume", str(state)])

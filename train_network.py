@@ -1,0 +1,53 @@
+"""Train a LoRA, or another network, on a folder of pictures. `python train_network.py --help` lists the options."""
+
+import sys
+from collections.abc import Sequence
+
+from library import console
+from library.errors import UserError
+from library.options import parse, setup_parser
+
+__all__ = ["main", "setup_parser"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the given arguments; returns the exit code: 0, 1 (the training failed), 2 (bad input), 130 or 143."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(arguments)
+    except UserError as error:
+        for problem in error.problems:
+            console.error(str(problem))
+        return 2
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    console.set_level(options.config.console_log_level or "INFO")
+    from library.training.prepare import prepare
+
+    prepared = prepare(options)
+    for line in prepared.notices:
+        console.say(line)
+    if options.config.dry_run:
+        from library.training.dry_run import show
+
+        show(prepared)
+        return 0
+
+    from library.training.interrupt import Interrupt, StoppedError
+    from library.training.phases import Phases
+
+    phases = Phases()
+    try:
+        with Interrupt() as interrupt:
+            with phases.phase("start", "loading libraries"):
+                from library.training.session import train
+            return train(prepared, arguments, interrupt, phases)
+    except StoppedError as stop:
+        console.say("stopped before the first step; nothing was trained yet")
+        return stop.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
