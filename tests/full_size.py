@@ -5,13 +5,14 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from original_layout import ITEM_SIZE, Tensor, original_name, original_shape, write  # noqa: E402
+from tests.original_layout import ITEM_SIZE, Tensor, original_name, original_shape, write
 
 _POOL = 1 << 23
 _STD = 0.02
@@ -54,8 +55,12 @@ def write_sd15_single_file(path: Path, seed: int = 0, dtype: str = "F32") -> Non
     tensors = []
     for name, shape in sd15_shapes().items():
         offset = int(draws.integers(_POOL))
-        tensors.append(Tensor(name, dtype, shape, lambda n=name, s=shape, o=offset: _as(_values(pool, n, s, o), dtype)))
+        tensors.append(Tensor(name, dtype, shape, partial(_stored, dtype, pool, name, shape, offset)))
     write(path, tensors, {"format": "pt"})
+
+
+def _stored(dtype: str, pool: np.ndarray, name: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    return _as(_values(pool, name, shape, offset), dtype)
 
 
 def _values(pool: np.ndarray, name: str, shape: tuple[int, ...], offset: int) -> np.ndarray:

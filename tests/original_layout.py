@@ -115,7 +115,7 @@ def write(path: Path, tensors: list[Tensor], metadata: dict[str, str] | None = N
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(head)) + head)
         for tensor in tensors:
-            file.write(tensor.values().tobytes() if tensor.shape == () else memoryview(tensor.values()).cast("B"))
+            file.write(tensor.values().data)
 
 
 def folder_as_single_file(folder: Path, path: Path, *, text_model: bool = True) -> None:
@@ -142,6 +142,9 @@ def folder_as_single_file(folder: Path, path: Path, *, text_model: bool = True) 
             target = original_name(part, name, levels, layers, attends)
             if not text_model:
                 target = target.replace("transformer.text_model.", "transformer.")
-            array = np.ascontiguousarray(array, dtype="<f4")
-            tensors.append(Tensor(target, "F32", original_shape(target, array.shape), lambda array=array: array))
+            tensors.append(_in_memory(target, np.ascontiguousarray(array, dtype="<f4")))
     write(path, tensors)
+
+
+def _in_memory(name: str, array: np.ndarray) -> Tensor:
+    return Tensor(name, "F32", original_shape(name, array.shape), lambda: array)

@@ -50,11 +50,8 @@ def clip_vocabulary() -> dict[str, int]:
 
 def build(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     """A CLIP tokenizer of the `tokenizers` package; `encode(text).ids` holds no start and end tokens."""
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END_TOKEN
-        )
-    )
+    affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>"}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=END_TOKEN, **affixes))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

@@ -45,8 +45,10 @@ class Processes:
 
 
 def join_processes() -> Processes:
-    """Join the process group that the launcher describes in the environment."""
+    """Join the process group that the launcher describes in the environment; without an accelerator, on the CPU."""
     from accelerate.state import PartialState
+    from accelerate.utils.environment import parse_flag_from_env
 
-    state = PartialState()
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu)
     return Processes(state.process_index, state.num_processes, state.device)

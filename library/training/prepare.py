@@ -17,6 +17,7 @@ from library.data.plan import Plan, build_plan
 from library.data.report import pictures_table
 from library.data.sources import Scan, survey
 from library.errors import Problem, UserError
+from library.models import samplers
 from library.models.inspect import ModelInfo, inspect
 from library.options import Options, load_datasets
 from library.options.specs import DatasetSpec
@@ -118,10 +119,11 @@ def prepare(options: Options) -> Prepared:
     if options.sampling.sample_prompts:
         path = Path(options.sampling.sample_prompts)
         prompts = collect.attempt(lambda: read_prompts(path)) or ()
+        collect.attempt(lambda: samplers.check(options.sampling.sample_sampler))
     resume = collect.attempt(lambda: _find_resume(options, notices))
     if collect.problems or not (model and specs and found and plan):
         raise UserError(collect.problems)
-    notices += [*found.notices, *plan.notices]
+    notices += found.notices
     training = options.training
     clock = make_clock(
         plan.batches_per_epoch,

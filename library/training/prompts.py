@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import Problem, UserError, nearest
-
-SAMPLERS = (
-    *("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle"),
-    *("k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
-)
+from library.models import samplers
 
 
 @dataclass(frozen=True)
@@ -149,10 +145,11 @@ def _build(values: dict[str, Any], where: str, problems: list[Problem]) -> Promp
             problems.append(Problem(where, f"{key} is {value!r}", f"give a value of type {_TYPES[key].__name__}"))
             continue
         prompt = replace(prompt, **{key: converted})
-    if prompt.sample_sampler is not None and prompt.sample_sampler not in SAMPLERS:
-        problems.append(
-            Problem(where, f"sampler {prompt.sample_sampler!r} is not known", f"one of {', '.join(SAMPLERS)}")
-        )
+    if prompt.sample_sampler is not None:
+        try:
+            samplers.check(prompt.sample_sampler, where)
+        except UserError as error:
+            problems += error.problems
     if not 1 <= prompt.sample_steps <= 1000:
         problems.append(Problem(where, f"{prompt.sample_steps} sampling steps", "use 1 to 1000"))
     return replace(prompt, width=_floor_size(prompt.width), height=_floor_size(prompt.height))

@@ -104,6 +104,7 @@ def _load_model(prepared: Prepared, processes: Processes, dtype: torch.dtype) ->
         prepared.model,
         device=processes.device,
         dtype=dtype,
+        vae_dtype=torch.bfloat16 if dtype == torch.bfloat16 and not options.no_half_vae else torch.float32,
         clip_skip=options.clip_skip,
         max_token_length=options.max_token_length,
     )
@@ -122,6 +123,7 @@ def _cache_latents(prepared: Prepared, model: Model, processes: Processes) -> La
         vae_batch_size=caching.vae_batch_size,
         dtype=str(model.vae_dtype).removeprefix("torch."),
         trust_foreign=caching.trust_foreign_caches == "yes",
+        skip_check=caching.skip_cache_check,
         threads=min(prepared.options.dataset.max_data_loader_n_workers, os.cpu_count() or 1),
         rank=processes.rank,
         world_size=processes.count,

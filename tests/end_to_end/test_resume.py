@@ -60,7 +60,7 @@ def run(command: list[str], signal: str = "") -> subprocess.CompletedProcess[str
 
 def contents(path: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     with safe_open(path, "np") as file:
-        tensors = {key: file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key).tobytes() for key in sorted(file.keys())}
         metadata = {key: value for key, value in file.metadata().items() if key not in NOT_COMPARED}
     return tensors, metadata
 

@@ -41,7 +41,7 @@ def test_json_lists(tmp_path: Path) -> None:
         ("p.txt", "\n# nothing\n", "holds no prompt"),
         ("p.txt", "a cat --q 3", "p.txt:1: --q is no prompt option"),
         ("p.txt", "a\nb --w wide", "p.txt:2: width is 'wide'"),
-        ("p.txt", "a --ss eulr", "sampler 'eulr' is not known"),
+        ("p.txt", "a --ss eulr", "'eulr' is no sampler; did you mean euler?"),
         ("p.json", '[{"promt": "a"}]', "did you mean prompt"),
         ("p.json", "[", "is no valid JSON"),
         ("p.toml", "prompt = 3", "must be a table"),

@@ -1,6 +1,7 @@
 """States: complete or absent, found again, and refused when they don't fit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from library.training.state import RunState, check_same_run, find_latest, load_t
 
 
 def make(updates: int = 4, **changes: object) -> RunState:
-    values = {
+    values: dict[str, Any] = {
         "updates_done": updates,
         "session_id": 5,
         "started_at": 1.25,

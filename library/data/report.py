@@ -1,0 +1,220 @@
+"""The tables of a dry run, to stdout: pictures, captions, tokens, buckets, steps, saves, network.
+
+Only shows what other modules found out. Lines about a run in progress go through library.console to stderr.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, median
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from library.data.buckets import Fit
+from library.data.captions import process
+from library.data.plan import Plan
+from library.data.records import ImageRecord
+from library.data.sources import Scan
+from library.tokenizer import clip_tokenizer
+
+CHUNK = 75
+"""Tokens of one row of a CLIP text encoder, without its start and end."""
+_CAPTION_WIDTH = 90
+
+
+@dataclass(frozen=True)
+class CutCaption:
+    """A caption with more tokens than the limit: how many, and the words that the model never sees."""
+
+    picture: str
+    tokens: int
+    cut: str
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens per caption without start and end; `over_chunk` counts captions that need more than one row of 75."""
+
+    minimum: int
+    median: float
+    maximum: int
+    over_chunk: int
+    cut: tuple[CutCaption, ...]
+
+
+def show_data(scan: Scan, plan: Plan, *, seed: int, token_limit: int) -> None:
+    """All tables about the data. `token_limit` is `max_token_length` (75, 150 or 225)."""
+    pictures_table(scan)
+    captions_table(plan, seed=seed)
+    tokens_table(plan, seed=seed, limit=token_limit)
+    buckets_table(plan)
+
+
+def pictures_table(scan: Scan) -> None:
+    """One row per folder: pictures found, captioned, unreadable, samples an epoch; then the unreadable ones."""
+    table = _table("Pictures", ("folder", "found", "captioned", "unreadable", "samples/epoch", "note"))
+    for row in scan.counts:
+        note = f"ignored: {row.ignored}" if row.ignored else "regularization" if row.is_reg else ""
+        table.add_row(
+            escape(str(row.folder)), *_numbers(row.found, row.captioned, row.unreadable, row.repeats), escape(note)
+        )
+    if len(scan.counts) > 1:
+        sums = [
+            sum(getattr(row, name) for row in scan.counts) for name in ("found", "captioned", "unreadable", "repeats")
+        ]
+        table.add_section()
+        table.add_row("all", *_numbers(*sums), "")
+    _print(table)
+    for problem in scan.unreadable[:10]:
+        _line(f"unreadable: {problem}")
+    if len(scan.unreadable) > 10:
+        _line(f"unreadable: {len(scan.unreadable) - 10} more")
+
+
+def captions_table(plan: Plan, *, seed: int, examples: int = 3) -> None:
+    """A few captions of each subset as the first epoch trains them."""
+    table = _table("Caption examples, as trained in epoch 1", ("picture", "caption"))
+    for record in _examples(plan.records, examples):
+        text = _processed(plan, record, seed=seed, dropout=True)
+        table.add_row(escape(record.key), escape(_shorten(text)) if text else "[dim](empty)[/dim]")
+    _print(table)
+
+
+def tokens_table(plan: Plan, *, seed: int, limit: int) -> None:
+    """Tokens per caption, and which words the limit cuts."""
+    counts = count_tokens(plan, seed=seed, limit=limit)
+    table = _table("Tokens per caption", ("least", "median", "most", f"over {CHUNK}", f"cut at {limit}"))
+    middle = f"{counts.median:g}"
+    table.add_row(str(counts.minimum), middle, *_numbers(counts.maximum, counts.over_chunk, len(counts.cut)))
+    _print(table)
+    for cut in counts.cut[:5]:
+        _line(f"{cut.picture}: {cut.tokens} tokens, cut from: {_shorten(cut.cut)}")
+    if len(counts.cut) > 5:
+        _line(f"and {len(counts.cut) - 5} more captions")
+
+
+def buckets_table(plan: Plan) -> None:
+    """One row per bucket: pictures, samples, batches, how many pictures are enlarged, how much is cropped away."""
+    columns = ("bucket", "pictures", "samples", "batches", "enlarged", "cropped: mean", "worst", "picture")
+    table = _table("Buckets (width x height)", columns)
+    for number, dataset in enumerate(plan.datasets):
+        groups: dict[tuple[int, int], list[tuple[ImageRecord, Fit]]] = defaultdict(list)
+        for record, fit in zip(dataset.records, dataset.fits, strict=True):
+            groups[fit.bucket].append((record, fit))
+        for bucket, samples in dataset.samples.items():
+            members = groups[bucket]
+            worst, fit = max(members, key=lambda pair: pair[1].cropped)
+            table.add_row(
+                f"{bucket[0]}x{bucket[1]}",
+                *_numbers(len(members), len(samples), -(-len(samples) // plan.global_batch_size(number))),
+                str(sum(fit.resized[0] > record.size[0] for record, fit in members)),
+                f"{mean(fit.cropped for _, fit in members):.1%}",
+                f"{fit.cropped:.1%}",
+                escape(worst.key),
+            )
+        table.add_section()
+    _print(table)
+
+
+def steps_table(
+    *, samples: int, batches: int, accumulation: int, updates_per_epoch: int, epochs: int, steps: int, global_batch: str
+) -> None:
+    """How long the run is: samples and micro-batches an epoch, optimizer steps an epoch and in all."""
+    columns = ("samples/epoch", "batch", "batches/epoch", "accumulation", "steps/epoch", "epochs", "steps")
+    table = _table("Steps", columns)
+    values = _numbers(batches, accumulation, updates_per_epoch, epochs, steps)
+    table.add_row(f"{samples:,}", escape(global_batch), *values)
+    _print(table)
+
+
+def saves_table(rows: Sequence[tuple[str, str, str]]) -> None:
+    """What is written when, and under which name: (what, when, name)."""
+    table = _table("Saved", ("what", "when", "name"))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    _print(table)
+
+
+def network_table(rows: Sequence[tuple[str, int, str, int, float]]) -> None:
+    """The network by part: (part, modules, rank and alpha, parameters, size of the file in bytes)."""
+    table = _table("Network", ("part", "modules", "rank (alpha)", "parameters", "size"))
+    for part, modules, rank, parameters, size in rows:
+        table.add_row(escape(part), str(modules), escape(rank), f"{parameters:,}", f"{size / 2**20:.1f} MiB")
+    _print(table)
+
+
+def count_tokens(plan: Plan, *, seed: int, limit: int) -> TokenCounts:
+    """Tokens of every picture's caption as processed for the first showing, caption dropout aside."""
+    texts = [_processed(plan, record, seed=seed, dropout=False) for record in plan.records]
+    unique = list(dict.fromkeys(texts))
+    encodings = dict(zip(unique, clip_tokenizer().encode_batch(unique, add_special_tokens=False), strict=True))
+    lengths = [len(encodings[text].ids) for text in texts] or [0]
+    cut = [
+        CutCaption(record.key, len(encodings[text].ids), text[encodings[text].offsets[limit][0] :])
+        for record, text in zip(plan.records, texts, strict=True)
+        if len(encodings[text].ids) > limit
+    ]
+    over = sum(length > CHUNK for length in lengths)
+    return TokenCounts(min(lengths), float(median(lengths)), max(lengths), over, tuple(cut))
+
+
+def _processed(plan: Plan, record: ImageRecord, *, seed: int, dropout: bool) -> str:
+    spec = plan.datasets[record.dataset].spec.subsets[record.subset].caption
+    if not dropout:
+        spec = replace(spec, dropout_rate=0.0, dropout_every_n_epochs=0)
+    return process(record.caption, spec, seed=seed, epoch=1, key=record.key, repeat=0)
+
+
+def _examples(records: Sequence[ImageRecord], number: int) -> list[ImageRecord]:
+    """The first few records of each subset."""
+    taken: dict[tuple[int, int], int] = defaultdict(int)
+    chosen = []
+    for record in records:
+        taken[record.dataset, record.subset] += 1
+        if taken[record.dataset, record.subset] <= number:
+            chosen.append(record)
+    return chosen
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 2 * _CAPTION_WIDTH else text[: 2 * _CAPTION_WIDTH - 3] + "..."
+
+
+def _numbers(*values: int) -> list[str]:
+    return [f"{value:,}" for value in values]
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        words = column in (
+            "folder",
+            "note",
+            "picture",
+            "caption",
+            "what",
+            "when",
+            "name",
+            "part",
+            "rank (alpha)",
+            "bucket",
+        )
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
+    return table
+
+
+def _console() -> Console:
+    """Stdout; 120 columns where it is no terminal, so that a file or a pipe gets whole rows."""
+    terminal = sys.stdout.isatty()
+    return Console(file=sys.stdout, highlight=False, width=None if terminal else 120, soft_wrap=False)
+
+
+def _print(table: Table) -> None:
+    _console().print(table)
+
+
+def _line(text: str) -> None:
+    _console().print(text, markup=False, soft_wrap=True)

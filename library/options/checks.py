@@ -1,0 +1,254 @@
+"""What must hold between options, and what must exist before a run starts. Folders are checked, never made.
+
+Datasets and their sizes are checked where they are read (options.datasets).
+"""
+
+import ast
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.errors import Problem, nearest
+from library.options import modules
+from library.options.registry import Options
+
+_OPTIMIZERS = [
+    "Lion",
+    "AdamW8bit",
+    "SGDNesterov8bit",
+    "Lion8bit",
+    "PagedAdamW8bit",
+    "PagedLion8bit",
+    "PagedAdamW",
+    "PagedAdamW32bit",
+    "SGDNesterov",
+    "DAdaptation",
+    "DAdaptAdamPreprint",
+    "DAdaptAdaGrad",
+    "DAdaptAdam",
+    "DAdaptAdan",
+    "DAdaptAdanIP",
+    "DAdaptLion",
+    "DAdaptSGD",
+    "Prodigy",
+    "Adafactor",
+    "RAdamScheduleFree",
+    "AdamWScheduleFree",
+    "SGDScheduleFree",
+]
+_ADAMW_ARGS = (
+    "weight_decay",
+    "betas",
+    "eps",
+    "amsgrad",
+    "maximize",
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+)
+_SCHEDULE_ARGS = {"polynomial": ("lr_end",)}
+_PROMPT_FILES = (".txt", ".toml", ".json")
+
+
+@dataclass
+class Checked:
+    """What is wrong, and lines to show."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def check(options: Options, bad: frozenset[str]) -> Checked:
+    """All checks; flags in `bad` have been complained about already and are taken as absent and harmless."""
+    found = Checked()
+    mentioned = {place for name in bad for place in (options.where(name), f"--{name}")}
+    for one in _CHECKS:
+        found.problems.extend(problem for problem in one(options) if problem.where not in mentioned)
+    found.notices.extend(_notices(options))
+    return found
+
+
+def _required(options: Options) -> Iterator[Problem]:
+    wanted = {
+        "pretrained_model_name_or_path": "give the base model: a .safetensors file or a diffusers folder",
+        "output_dir": "give the folder for the results",
+        "network_module": "give the network to train, such as networks.lora",
+    }
+    for name, advice in wanted.items():
+        if options.value(name) is None:
+            yield Problem(f"--{name}", "is missing", advice)
+    if options.dataset.train_data_dir is None and options.dataset.dataset_config is None:
+        advice = "give the folder that holds 10_name folders of pictures, or use --dataset_config"
+        yield Problem("--train_data_dir", "is missing", advice)
+
+
+def _paths(options: Options) -> Iterator[Problem]:
+    for name in ("output_dir", "logging_dir"):
+        folder = options.value(name)
+        if folder is not None:
+            yield from _makeable(folder, options.where(name))
+    weights = options.network.network_weights
+    if weights is not None and not weights.is_file():
+        yield Problem(options.where("network_weights"), f"there is no file {weights}")
+    if options.network.dim_from_weights and weights is None:
+        yield Problem(options.where("dim_from_weights"), "needs --network_weights")
+    title = options.output.output_name
+    if title is not None and (Path(title).name != title or title in (".", "..") or "\0" in title):
+        yield Problem(options.where("output_name"), f"{title!r} is no file name", "the folder is --output_dir")
+    resume = options.training.resume
+    if resume is not None and resume != "latest" and not _is_folder(resume):
+        yield Problem(options.where("resume"), f"there is no state folder {resume}", "give its path, or `latest`")
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except OSError:
+        return False
+
+
+def _makeable(folder: Path, where: str) -> Iterator[Problem]:
+    """A problem if `folder` neither is a writable folder nor could be made."""
+    for ancestor in (folder, *folder.absolute().parents):
+        if os.path.lexists(ancestor):
+            break
+    if not ancestor.exists():
+        yield Problem(where, f"{folder} can't be made: {ancestor} is a link to nothing")
+    elif not ancestor.is_dir():
+        made = "is a file" if ancestor == folder else f"can't be made: {ancestor} is a file"
+        yield Problem(where, f"{folder} {made}", "give a folder")
+    elif not os.access(ancestor, os.W_OK | os.X_OK):
+        yield Problem(where, f"{folder} can't be written: no permission in {ancestor}")
+
+
+def _schedule(options: Options) -> Iterator[Problem]:
+    flags = options.optimizer
+    if flags.lr_scheduler == "constant" and flags.lr_warmup_steps:
+        wrong = "constant has no warmup, so that it would have no effect"
+        yield Problem(options.where("lr_warmup_steps"), wrong, "use --lr_scheduler constant_with_warmup")
+    where = options.where("lr_scheduler_args")
+    found, problems = modules.pairs(flags.lr_scheduler_args or (), where)
+    yield from problems
+    known = _SCHEDULE_ARGS.get(flags.lr_scheduler, ())
+    yield from _settings(found, known, f"--lr_scheduler {flags.lr_scheduler}", where)
+
+
+def _optimizer(options: Options) -> Iterator[Problem]:
+    flags = options.optimizer
+    name = flags.optimizer_type
+    if name.lower() not in ("", "adamw"):
+        known = {known.lower(): known for known in _OPTIMIZERS}.get(name.lower())
+        wrong = f"{known} is not supported yet" if known else f"there is no optimizer {name}"
+        hint = "" if known else nearest(name, ["AdamW", *_OPTIMIZERS])
+        yield Problem(options.where("optimizer_type"), wrong, hint or "use AdamW")
+    where = options.where("optimizer_args")
+    found, problems = modules.pairs(flags.optimizer_args or (), where)
+    yield from problems
+    if name.lower() in ("", "adamw"):
+        yield from _settings(found, _ADAMW_ARGS, "AdamW", where)
+    if len(flags.text_encoder_lr or ()) > 2:
+        yield Problem(
+            options.where("text_encoder_lr"), "more than two learning rates", "no model has more text encoders"
+        )
+
+
+def _settings(found: dict[str, str], known: tuple[str, ...], owner: str, where: str) -> Iterator[Problem]:
+    """Problems of settings that `owner` doesn't have, or whose values are no Python literals."""
+    for key, value in found.items():
+        if key not in known:
+            listed = f"known are {', '.join(known)}" if known else "it has none"
+            yield Problem(where, f"{owner} has no setting {key}", nearest(key, known) or listed)
+            continue
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            yield Problem(where, f"{key}={value}: {value!r} is no number, True, False or (a, b)")
+
+
+def _what_is_trained(options: Options) -> Iterator[Problem]:
+    network, rates = options.network, options.optimizer
+    if network.network_train_unet_only and network.network_train_text_encoder_only:
+        places = f"{options.where('network_train_unet_only')}, {options.where('network_train_text_encoder_only')}"
+        yield Problem(places, "nothing would be left to train", "leave out one of the two")
+        return
+    unet = rates.learning_rate if rates.unet_lr is None else rates.unet_lr
+    text = (rates.text_encoder_lr or (rates.learning_rate,))[0]
+    trained = {"U-Net": unet, "text encoder": text}
+    if network.network_train_unet_only:
+        del trained["text encoder"]
+    if network.network_train_text_encoder_only:
+        del trained["U-Net"]
+    if not any(trained.values()):
+        parts = " and ".join(trained)
+        yield Problem(options.where("learning_rate"), f"the learning rate of {parts} is 0: nothing would be trained")
+
+
+def _network(options: Options) -> Iterator[Problem]:
+    flags = options.network
+    if flags.network_module is not None:
+        yield from modules.check_module(flags.network_module, options.where("network_module"))
+    yield from modules.check_network_args(flags.network_module, flags.network_args or (), options.where("network_args"))
+
+
+def _timesteps(options: Options) -> Iterator[Problem]:
+    low, high = options.loss.min_timestep or 0, options.loss.max_timestep or 1000
+    if low >= high:
+        name = "min_timestep" if options.loss.min_timestep is not None else "max_timestep"
+        yield Problem(options.where(name), f"no timestep lies from {low} to below {high}")
+
+
+def _previews(options: Options) -> Iterator[Problem]:
+    flags = options.sampling
+    asked = [
+        name for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first") if options.value(name)
+    ]
+    prompts = flags.sample_prompts
+    if asked and prompts is None:
+        yield Problem(options.where(asked[0]), "previews need prompts", "add --sample_prompts FILE")
+    if prompts is None:
+        return
+    if not prompts.is_file():
+        yield Problem(options.where("sample_prompts"), f"there is no file {prompts}")
+    elif prompts.suffix.lower() not in _PROMPT_FILES:
+        yield Problem(options.where("sample_prompts"), f"{prompts} is none of {', '.join(_PROMPT_FILES)}")
+
+
+def _logs(options: Options) -> Iterator[Problem]:
+    if options.logging.log_with == "tensorboard" and options.logging.logging_dir is None:
+        yield Problem(options.where("log_with"), "TensorBoard needs a folder", "add --logging_dir DIR")
+
+
+def _notices(options: Options) -> Iterator[str]:
+    warmup, steps = options.optimizer.lr_warmup_steps, options.training.max_train_steps
+    if isinstance(warmup, int) and options.training.max_train_epochs is None and warmup > steps:
+        yield f"{options.where('lr_warmup_steps')}: {warmup} steps of warmup are more than all {steps} steps"
+    if options.training.max_train_epochs is not None and "max_train_steps" in options.explicit:
+        yield f"{options.where('max_train_steps')}: has no effect, because max_train_epochs counts"
+    if options.network.dim_from_weights and options.network.network_dim is not None:
+        yield f"{options.where('network_dim')}: has no effect, because dim_from_weights counts"
+    if options.training.resume_schedule is not None and options.training.resume is None:
+        yield f"{options.where('resume_schedule')}: has no effect without --resume"
+    sampling = options.sampling
+    if sampling.sample_prompts and not (
+        sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first
+    ):
+        yield f"{options.where('sample_prompts')}: has no effect without --sample_every_n_epochs or _steps"
+    for name in ("log_prefix", "log_tracker_name"):
+        if options.value(name) is not None and options.logging.logging_dir is None:
+            yield f"{options.where(name)}: has no effect without --logging_dir"
+
+
+_CHECKS: tuple[Callable[[Options], Iterator[Any]], ...] = (
+    _required,
+    _paths,
+    _network,
+    _what_is_trained,
+    _optimizer,
+    _schedule,
+    _timesteps,
+    _previews,
+    _logs,
+)

@@ -1,0 +1,84 @@
+"""The text of docs/options.md, made from the declarations of flags and dataset keys."""
+
+from library.options.dataset_schema import KEYS, TITLES
+from library.options.flags import Flag
+from library.options.foreign import FOREIGN
+from library.options.registry import FLAGS, GROUPS
+from library.options.values import written
+
+_HEAD = """# Options
+
+Generated from `library/options` by `python tools/write_docs.py`; change it there.
+
+Every flag is also a key of `--config_file` (TOML, sections are ignored); a flag on the command line wins over the file,
+the file wins over the default. Unambiguous beginnings of flags do. Numbers may be written as text and whole numbers as
+`32.0` where nothing is lost; a switch may be `true`, `false`, `1` or `0` in a file.
+
+- **honoured**: does what it says.
+- **equivalent**: accepted with one line, because the result is the same without it.
+- **refused**: ends the run with exit code 2 when it is set to something other than its default or off.
+"""
+_DATASETS = """## Dataset file
+
+The keys of `--dataset_config`, TOML or JSON: `[general]`, `[[datasets]]` and in each dataset `[[datasets.subsets]]`.
+A key is looked up in the subset, its dataset, `[general]`, the flag beside it, and its default, in this order.
+
+| key | type | levels | flag | kind | meaning |
+|---|---|---|---|---|---|
+"""
+_FOREIGN = """## Keys of other programs
+
+A config file may hold these keys, which other programs write. They are named in one line and ignored. `epoch` is one of
+them: `max_train_steps` or `max_train_epochs` says how long a run is.
+"""
+
+
+def options_page() -> str:
+    """The whole text of docs/options.md."""
+    parts = [_HEAD]
+    for name, model in GROUPS.items():
+        parts.append(f"## {(model.__doc__ or name).splitlines()[0]}\n")
+        parts.append("| flag | type | default | kind | meaning |\n|---|---|---|---|---|")
+        parts.extend(_flag_row(flag) for flag in FLAGS.values() if flag.group == name)
+        parts.append("")
+    parts.append(_DATASETS + "\n".join(_key_row(name) for name in KEYS) + "\n")
+    parts.append(_FOREIGN)
+    for program in dict.fromkeys(FOREIGN.values()):
+        names = sorted(name for name, owner in FOREIGN.items() if owner == program)
+        parts.append(f"- From {program}: {', '.join(f'`{name}`' for name in names)}.")
+    return "\n".join(parts) + "\n"
+
+
+def _flag_row(flag: Flag) -> str:
+    return f"| `{flag.option}` | {_type(flag)} | {_default(flag)} | {flag.kind} | {_meaning(flag)} |"
+
+
+def _key_row(name: str) -> str:
+    key = KEYS[name]
+    levels = ", ".join(f"`{TITLES[level]}`" for level in key.levels)
+    fallback = f"`--{key.fallback}`" if key.fallback else ""
+    return f"| `{name}` | {_type(key.value)} | {levels} | {fallback} | {key.value.kind} | {_meaning(key.value)} |"
+
+
+def _type(flag: Flag) -> str:
+    return _cell(flag.type_name())
+
+
+def _default(flag: Flag) -> str:
+    if flag.default is None:
+        return "none"
+    return (
+        "off" if flag.default is False else f"`{_cell(str(written(flag.default)))}`" if flag.default != "" else "empty"
+    )
+
+
+def _meaning(flag: Flag) -> str:
+    text = flag.text if flag.kind == "honoured" else f"{flag.text}: {flag.why}"
+    for why in dict.fromkeys(flag.refuse.values()):
+        values = ", ".join(f"`{value}`" for value, reason in flag.refuse.items() if reason == why)
+        text += f"; refused are {values}: {why}"
+    return _cell(text)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")

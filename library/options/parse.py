@@ -1,0 +1,107 @@
+"""From `argv` to checked options: command line, config file, conversions, kinds, checks; all problems at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from library.errors import Problem, UserError
+from library.options import checks, values
+from library.options.config_file import FromFile, read_config, write_config
+from library.options.datasets import read_datasets
+from library.options.parser import read_command_line
+from library.options.registry import FLAGS, GROUPS, Options
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options that `argv`, without the program's name, and the config file in it ask for.
+
+    Raises:
+        UserError: with every problem that was found.
+        SystemExit: code 0, after `--help` or `--output_config`.
+    """
+    typed, problems = read_command_line(argv)
+    file = _config_file(typed)
+    problems += file.problems
+    places = {**file.places, **{name: f"--{name}" for name in typed}}
+    read, bad = _read({**file.values, **typed}, places, problems)
+    notices = [*file.notices, *_judge(read, places, bad, problems)]
+    if read.get("cache_latents_to_disk"):
+        read["cache_latents"] = True
+    options = _build(read, places, notices)
+    if options.config.output_config:
+        _write(options, problems)
+    found = checks.check(options, frozenset(bad))
+    problems += found.problems
+    datasets = read_datasets(options, frozenset(bad))
+    problems += datasets.problems
+    if problems:
+        raise UserError(dict.fromkeys(problems))
+    lines = [*notices, *found.notices, *datasets.notices]
+    return options.model_copy(update={"notices": tuple(dict.fromkeys(lines))})
+
+
+def _config_file(typed: dict[str, Any]) -> FromFile:
+    """What the config file says; nothing if there is none, if its name is wrong, or if it is about to be written."""
+    path = typed.get("config_file")
+    if not path or typed.get("output_config"):
+        return FromFile()
+    try:
+        return read_config(values.read(FLAGS["config_file"], path))
+    except ValueError:
+        return FromFile()
+
+
+def _read(raw: dict[str, Any], places: dict[str, str], problems: list[Problem]) -> tuple[dict[str, Any], set[str]]:
+    """The values of the flags that were set, and the names of those that make no sense."""
+    read: dict[str, Any] = {}
+    bad: set[str] = set()
+    for name, text in raw.items():
+        try:
+            value = values.read(FLAGS[name], text)
+        except ValueError as error:
+            problems.append(Problem(places[name], str(error)))
+            bad.add(name)
+            continue
+        if not isinstance(value, values.Unset):
+            read[name] = value
+    return read, bad
+
+
+def _judge(read: dict[str, Any], places: dict[str, str], bad: set[str], problems: list[Problem]) -> list[str]:
+    """Problems for refused flags and values; returns a line for each flag that needs nothing to be done."""
+    lines = []
+    for name, value in read.items():
+        flag = FLAGS[name]
+        if str(value) in flag.refuse:
+            problems.append(Problem(places[name], f"{value} can't be used", flag.refuse[str(value)]))
+            bad.add(name)
+        if flag.kind == "honoured" or value == flag.default or not value:
+            continue
+        if flag.kind == "equivalent":
+            lines.append(f"{places[name]}: nothing to do: {flag.why}")
+        elif flag.needs is not None and read.get(flag.needs, FLAGS[flag.needs].default) == FLAGS[flag.needs].default:
+            lines.append(f"{places[name]}: has no effect without --{flag.needs}")
+        else:
+            wrong, _, advice = flag.why.partition("; ")
+            problems.append(Problem(places[name], wrong, advice))
+            bad.add(name)
+    return lines
+
+
+def _build(read: dict[str, Any], places: dict[str, str], notices: list[str]) -> Options:
+    by_group: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    for name, value in read.items():
+        by_group[FLAGS[name].group][name] = value
+    groups = {name: GROUPS[name](**members) for name, members in by_group.items()}
+    return Options.model_validate({**groups, "explicit": frozenset(read), "places": places, "notices": tuple(notices)})
+
+
+def _write(options: Options, problems: list[Problem]) -> None:
+    """Serve `--output_config`, and stop."""
+    if options.config.config_file is None:
+        problems.append(Problem("--output_config", "needs the name of the file", "add --config_file FILE.toml"))
+    if problems:
+        raise UserError(dict.fromkeys(problems))
+    assert options.config.config_file is not None
+    path = write_config(options.config.config_file, options)
+    print(f"wrote {path}")
+    raise SystemExit(0)

@@ -1,0 +1,55 @@
+"""Two processes see the same samples and noise as one with the same global batch, and stop together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from tests.pictures import make_pictures
+from tests.programs import SCRIPT, environment
+
+
+def arguments(model: Path, folder: Path, name: str, batch_size: int) -> list[str]:
+    return [
+        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / "pictures")),
+        *("--output_dir", str(folder / "output"), "--output_name", name, "--network_module", "tests.signalling_lora"),
+        *("--network_dim", "4", "--network_dropout", "0.2", "--resolution", "64", "--enable_bucket"),
+        *("--min_bucket_reso", "32", "--bucket_reso_steps", "16", "--caption_extension", ".txt", "--shuffle_caption"),
+        *("--train_batch_size", str(batch_size), "--max_train_steps", "6", "--seed", "4", "--learning_rate", "1e-3"),
+        *("--optimizer_args", "eps=1e-3", "--cache_latents_to_disk", "--max_data_loader_n_workers", "0"),
+    ]
+
+
+def run(command: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
+    variables = environment(ACCELERATE_USE_CPU="true", **extra)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+def two(*words: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tiny_sd1: Path, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", count=7)
+    one = run([sys.executable, str(SCRIPT), *arguments(tiny_sd1, tmp_path, "one", 4)])
+    assert one.returncode == 0, one.stderr
+    both = run(two(str(SCRIPT), *arguments(tiny_sd1, tmp_path, "both", 2)))
+    assert both.returncode == 0, both.stderr
+    assert both.stderr.count("saved ") == 1
+    first, second = (load_file(tmp_path / f"output/{name}.safetensors") for name in ("one", "both"))
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert np.allclose(tensor, second[key], rtol=1e-3, atol=2e-5), key
+
+
+def test_a_signal_to_one_process_stops_both_with_one_state(tiny_sd1: Path, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", count=7)
+    stopped = run(two(str(SCRIPT), *arguments(tiny_sd1, tmp_path, "x", 2)), LORASMITH_TEST_SIGNAL="rank1:TERM@3")
+    assert stopped.returncode != 0
+    manifest = json.loads((tmp_path / "output/x-step00000003-state/manifest.json").read_text())
+    assert manifest["updates_done"] == 3
+    assert (tmp_path / "output/x-step00000003.safetensors").is_file()
+    assert not (tmp_path / "output/x.safetensors").exists()

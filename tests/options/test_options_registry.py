@@ -1,0 +1,127 @@
+"""The registry against the flags of sd-scripts (flags.tsv), and the docs and the help made from it."""
+
+import ast
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from library.errors import UserError
+from library.options import Options, parse, setup_parser
+from library.options.registry import FLAGS
+
+_OURS = {"deterministic", "trust_foreign_caches", "resume_schedule", "dry_run"}
+_SHAPES = {"flag": {"flag"}, "int": {"int"}, "float": {"float"}, "int_or_float": {"steps"}, "Path": {"path"}}
+_TEXTS = {"str", "path", "size"}
+
+
+def _theirs() -> list[dict[str, str]]:
+    with (Path(__file__).parent / "flags.tsv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    return [row for row in rows if {"network", "sdxl_network"} & set(row["scripts"].split(","))]
+
+
+def test_every_flag_of_the_network_scripts_is_known_and_no_other() -> None:
+    assert {row["flag"].removeprefix("--") for row in _theirs()} | _OURS == set(FLAGS)
+    assert len(_theirs()) == 196
+
+
+@pytest.mark.parametrize("row", _theirs(), ids=lambda row: row["flag"])
+def test_type_default_and_choices_are_those_of_sd_scripts(row: dict[str, str]) -> None:
+    flag = FLAGS[row["flag"].removeprefix("--")]
+    assert flag.default == ast.literal_eval(row["default"])
+    assert flag.many == ("nargs" in row["type"])
+    assert flag.shape in _SHAPES.get(row["type"].split("[")[0], _TEXTS)
+    if row["choices"]:
+        assert set(flag.choices) == {choice for choice in json.loads(row["choices"]) if choice is not None}
+    else:
+        assert not flag.choices or flag.name == "lr_scheduler"
+
+
+def test_every_flag_says_what_it_is_and_why_it_is_refused() -> None:
+    for flag in FLAGS.values():
+        assert flag.text, flag.name
+        assert flag.kind == "honoured" or flag.why, flag.name
+        assert flag.needs is None or flag.needs in FLAGS, flag.name
+
+
+def test_defaults_make_options_with_every_flag() -> None:
+    effective = Options().effective()
+    assert set(effective) == {name for name, flag in FLAGS.items() if not flag.secret}
+    assert effective["max_train_steps"] == 1600
+    json.dumps(effective)
+
+
+@pytest.mark.parametrize("name", [name for name, flag in FLAGS.items() if flag.kind == "refused" and not flag.needs])
+def test_a_refused_flag_refuses_with_its_reason(name: str) -> None:
+    flag = FLAGS[name]
+    value = {"flag": [], "int": ["3"], "float": ["0.5"], "steps": ["3"], "path": ["x"], "str": ["x"]}[flag.shape]
+    with pytest.raises(UserError) as caught:
+        parse([flag.option, *value])
+    (problem,) = [problem for problem in caught.value.problems if problem.where == flag.option]
+    assert f"{problem.wrong}; {problem.advice}".strip("; ") == flag.why
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--loss_type", "huber"), ("--log_with", "wandb"), ("--save_model_as", "pt"), ("--lr_scheduler", "adafactor")],
+)
+def test_a_value_that_is_not_supported_yet_refuses(flag: str, value: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse([flag, value])
+    assert f"{flag}: {value} can't be used" in str(caught.value)
+
+
+def test_the_public_parser_has_types_and_defaults() -> None:
+    namespace = setup_parser().parse_args(
+        ["--network_dim", "8", "--text_encoder_lr", "1e-4", "2e-4", "--network_args", "a=1", "b=2"]
+    )
+    assert namespace.network_dim == 8
+    assert namespace.text_encoder_lr == [1e-4, 2e-4]
+    assert namespace.network_args == ["a=1", "b=2"]
+    assert namespace.learning_rate == 2e-6
+    assert namespace.shuffle_caption is False
+
+
+def test_docs_are_up_to_date(repo_root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/write_docs.py", "--check"], cwd=repo_root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (repo_root / "docs" / "options.md").read_text(encoding="utf-8")
+    assert all(f"`--{name}`" in page for name in FLAGS)
+
+
+def test_parsing_imports_nothing_heavy(repo_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures" / "2_cat").mkdir(parents=True)
+    script = f"""
+import sys
+from library.options import load_datasets, parse
+options = parse("--pretrained_model_name_or_path m --output_dir {tmp_path}/out --network_module networks.lora "
+                "--train_data_dir {tmp_path}/pictures --resolution 512".split())
+assert load_datasets(options)[0].subsets[0].num_repeats == 2
+heavy = {{"torch", "diffusers", "transformers", "accelerate", "cv2", "numpy", "networks"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=repo_root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_grouped_and_exits_with_0(repo_root: Path) -> None:
+    script = "from library.options import parse; parse(['--help'])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=repo_root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    titles = [
+        "Pictures and captions:",
+        "Network:",
+        "Accepted, with nothing to do:",
+        "Known from sd-scripts, but refused:",
+    ]
+    positions = [done.stdout.index(title) for title in titles]
+    assert positions == sorted(positions)
+    assert all(f"--{name}" in done.stdout for name in FLAGS)
+    assert max(map(len, done.stdout.splitlines())) < 200

@@ -1,0 +1,67 @@
+"""What the docs show as commands is what the program takes."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from library.options import parse, setup_parser
+from library.options.registry import FLAGS
+from tests.programs import ROOT
+from tools.readme_command import readme_command
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The arguments of every train_network.py command line on a page."""
+    found = []
+    for block in blocks(path, "(?:bash|sh)"):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|\|\|", line):
+                if "train_network.py" in part:
+                    words = shlex.split(part, comments=True)
+                    found.append(words[words.index("train_network.py") + 1 :])
+    return found
+
+
+CASES = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "words"), CASES, ids=[f"{page}-{number}" for number, (page, _) in enumerate(CASES)])
+def test_flags_of_shown_commands_exist(page: str, words: list[str]) -> None:
+    setup_parser().parse_args(words)
+
+
+def test_the_readme_shows_training_commands() -> None:
+    assert len([page for page, _ in CASES if page == "README.md"]) >= 3
+
+
+def test_toml_on_the_readme_is_made_of_options() -> None:
+    (text,) = blocks(ROOT / "README.md", "toml")
+    assert set(tomllib.loads(text)) <= set(FLAGS)
+
+
+def test_flags_named_in_the_table_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "`--" in line]
+    pieces = re.findall(r"`(--[^`]*)`", "\n".join(rows))
+    flags = {word[2:] for piece in pieces for word in piece.split() if re.fullmatch(r"--[a-z_]{3,}", word)}
+    assert flags and flags <= set(FLAGS)
+
+
+def test_presets_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for preset in sorted((ROOT / "library/presets").glob("*.toml")):
+        assert parse(["--config_file", str(preset)]).notices == ()
+
+
+def test_both_commands_stand_on_the_readme() -> None:
+    assert "library/presets/quickstart.toml" in readme_command("main job")
+    assert readme_command("tests").endswith("python -m pytest")
