@@ -1,0 +1,71 @@
+"""Reading a LoRA file's tensors as modules: which belong together, and whether they fit a target."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from library.errors import UserError
+from library.models.lora_targets import LoraTarget
+
+_LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
+
+
+@dataclass(frozen=True)
+class FileModule:
+    """One LoRA of a file: `down` (r, in[, k, k]), `up` (out, r[, 1, 1]), `alpha` (the rank if the file has none)."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+
+def group(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, FileModule]:
+    """The modules of a file by name. Raises UserError if a key is no LoRA's, or a module lacks one of its factors."""
+    leaves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, leaf = key.partition(".")
+        if leaf not in _LEAVES:
+            raise UserError.single(
+                str(source), f"{key} is not a key of a LoRA", "only plain LoRA files can be used here"
+            )
+        leaves.setdefault(name, {})[leaf] = tensor
+    modules = {}
+    for name, found in leaves.items():
+        if len(found.keys() & set(_LEAVES[:2])) < 2:
+            raise UserError.single(str(source), f"{name} lacks lora_down or lora_up", "the file is incomplete")
+        down = found["lora_down.weight"]
+        alpha = float(found["alpha"]) if "alpha" in found else float(down.shape[0])
+        modules[name] = FileModule(down, found["lora_up.weight"], alpha)
+    return modules
+
+
+def fit(module: FileModule, target: LoraTarget, rank: int, source: str | Path) -> tuple[Tensor, Tensor]:
+    """The factors in the target's shapes: a 1x1 convolution's may stand for a Linear's and the other way round.
+
+    Raises UserError if the rank or a size differs.
+    """
+    found = module.down.shape[0]
+    if found != rank:
+        raise UserError.single(
+            str(source),
+            f"{target.name} has rank {found}, the network {rank}",
+            "use --dim_from_weights, or the file's rank",
+        )
+    shapes = target.shapes(rank)
+    factors = []
+    for tensor, shape in zip((module.down, module.up), shapes, strict=True):
+        if _core(tensor.shape) != _core(shape):
+            raise UserError.single(
+                str(source),
+                f"{target.name} has shape {tuple(tensor.shape)} where this model needs {shape}",
+                "use a LoRA of the same model family",
+            )
+        factors.append(tensor.reshape(shape))
+    return factors[0], factors[1]
+
+
+def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the 1x1 window that only the kind of module decides."""
+    return tuple(shape[:2]) if tuple(shape[2:]) in ((), (1, 1)) else tuple(shape)
