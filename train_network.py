@@ -36,8 +36,10 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
 
     from library.training.interrupt import Interrupt, StoppedError
+    from library.training.launcher import prepare_cpu_threads
     from library.training.phases import Phases
 
+    prepare_cpu_threads()
     phases = Phases()
     try:
         with Interrupt() as interrupt:

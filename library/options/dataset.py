@@ -48,7 +48,7 @@ class Dataset(Group):
         8, "threads that prepare batches; the result is the same for any number", ge=0
     )
     persistent_data_loader_workers: bool = equivalent(
-        False, "keep loader workers between epochs", "loader threads live as long as the run"
+        False, "keep loader workers between epochs", "workers are threads, which cost nothing to start"
     )
     cache_info: bool = equivalent(False, "keep sizes and captions in a file", "headers are read anew, in little time")
     in_json: str | None = refused(

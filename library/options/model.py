@@ -38,11 +38,11 @@ class Model(Group):
     xformers: bool = equivalent(False, "use xformers' attention", _SDPA)
     mem_eff_attn: bool = equivalent(False, "use memory-saving attention", _SDPA)
     lowram: bool = equivalent(
-        False, "load the model straight to the GPU", "weights are memory-mapped and moved part by part"
+        False, "load the model straight to the GPU", "weights go to the device tensor by tensor"
     )
     highvram: bool = equivalent(False, "don't empty the GPU's cache", "the GPU's cache is not emptied between batches")
     disable_mmap_load_safetensors: bool = equivalent(
-        False, "read files instead of mapping them", "the result is the same; files are mapped"
+        False, "read files instead of mapping them", "files are read, never mapped"
     )
     full_fp16: bool = refused(False, "train in fp16", "what is trained stays in float32; use --mixed_precision fp16")
     full_bf16: bool = refused(False, "train in bf16", "what is trained stays in float32; use --mixed_precision bf16")

@@ -5,6 +5,8 @@ import signal
 from types import FrameType
 from typing import Self
 
+from library.training.launcher import under_launcher
+
 
 class StoppedError(Exception):
     """Raised outside the loop, where there is nothing to save yet. `exit_code` is 130 or 143."""
@@ -14,17 +16,13 @@ class StoppedError(Exception):
         super().__init__(f"stopped (exit code {exit_code})")
 
 
-def _under_launcher() -> bool:
-    return any(name.startswith("ACCELERATE_") or name == "TORCHELASTIC_RUN_ID" for name in os.environ)
-
-
 class Interrupt:
     """What the process was told while a `with` block runs. Enter it early: its parent then is the launcher."""
 
     def __init__(self) -> None:
         self._signal = 0
         self._deferred = False
-        self._launcher = os.getppid() if _under_launcher() else None
+        self._launcher = os.getppid() if under_launcher() else None
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
