@@ -1,5 +1,6 @@
 """Train a LoRA, or another network, on a folder of pictures. `python train_network.py --help` lists the options."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,17 +14,24 @@ __all__ = ["main", "setup_parser"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the given arguments; returns the exit code: 0, 1 (the training failed), 2 (bad input), 130 or 143."""
     arguments = sys.argv[1:] if argv is None else argv
+    console.prepare_streams()
     try:
         return _run(arguments)
     except UserError as error:
+        for line in error.notices:
+            console.say(line)
         for problem in error.problems:
             console.error(str(problem))
         return 2
+    except KeyboardInterrupt:
+        console.say("stopped before anything was trained")
+        return 130
 
 
 def _run(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    console.set_level(options.config.console_log_level or "INFO")
+    first = os.environ.get("RANK", "0") == "0"
+    console.set_level(options.config.console_log_level or "INFO" if first else "ERROR")
     from library.training.prepare import prepare
 
     prepared = prepare(options)

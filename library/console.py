@@ -1,5 +1,6 @@
 """What a run says while it works: lines and progress bars on stderr. Tables that a user asked for go to stdout."""
 
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -32,6 +33,16 @@ def set_level(name: str) -> None:
 
 def _shown(level: str) -> bool:
     return LEVELS.index(level) >= _quiet_below
+
+
+def prepare_streams() -> None:
+    """Make sure that writing a message can't end a run: closed streams go nowhere, what can't be encoded becomes ?."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, io.StringIO())
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _print(line: str, style: str | None = None) -> None:

@@ -17,10 +17,13 @@ class Problem:
 
 
 class UserError(Exception):
-    """Raised with every problem found so far, so that a user mends them in one go. Exit code 2."""
+    """Raised with every problem found so far, so that a user mends them in one go. Exit code 2.
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(problems)
+    `notices` are lines that were to be shown anyway.
+    """
+
+    def __init__(self, problems: Iterable[Problem], notices: Iterable[str] = ()) -> None:
+        self.problems, self.notices = tuple(problems), tuple(notices)
         super().__init__("\n".join(map(str, self.problems)))
 
     @classmethod

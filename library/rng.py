@@ -2,7 +2,7 @@
 
 A generator is keyed by a 128-bit hash of (seed, stream, coordinates). Nothing needs to be stored for a resume, and the
 draw is the same whatever the number of loader workers or processes. Code that isn't ours and draws from the global
-generators is not served here (training.foreign_random).
+generators is not served here (training.loop seeds those).
 """
 
 import hashlib

@@ -15,7 +15,7 @@ BELOW = {
     "data": {"options"},
     "models": {"options"},
     "weights": {"options"},
-    "training": {"options", "data", "models", "weights"},
+    "training": {"options", "data", "models", "weights", "networks"},
     "networks": {"options", "data", "models", "weights"},
 }
 PLANNING = [

@@ -67,6 +67,7 @@ class LatentCache:
     Args:
         vae_id: names the VAE's weights; latents of another one are never used.
         dtype: the precision in which the VAE computes, e.g. "float32".
+        channels: of the VAE's latents.
         to_disk: keep them in files beside the pictures, else in memory.
         trust_foreign: use fitting files that other programs wrote.
         skip_check: don't hash pictures and arrays of files that claim to fit.
@@ -80,6 +81,7 @@ class LatentCache:
         *,
         vae_id: str,
         dtype: str = "float32",
+        channels: int = 4,
         to_disk: bool,
         trust_foreign: bool = True,
         skip_check: bool = False,
@@ -90,7 +92,7 @@ class LatentCache:
         _refuse_random_crop(plan)
         self.to_disk = to_disk
         self.threads = threads
-        self.wanted, self.slots = _wanted(plan, vae_id, dtype)
+        self.wanted, self.slots = _wanted(plan, vae_id, dtype, channels)
         self.files = list(_claim_files(self.wanted)) if to_disk else []
         mine = [i for i in range(len(self.wanted)) if not to_disk or i % world_size == rank]
         self._others = sorted(set(range(len(self.wanted))) - set(mine))
@@ -109,6 +111,7 @@ class LatentCache:
         to_disk: bool,
         vae_batch_size: int = 1,
         dtype: str = "float32",
+        channels: int = 4,
         trust_foreign: bool = True,
         skip_check: bool = False,
         threads: int = 4,
@@ -196,8 +199,8 @@ class LatentCache:
     def _encode_batch(self, encode: Encode, pixels: torch.Tensor, slots: Sequence[int]) -> list[Latents]:
         latents = encode(pixels).detach().to("cpu", torch.float32)
         expected = self.wanted[slots[0]].shape
-        if tuple(latents.shape[2:]) != expected:
-            raise ValueError(f"the VAE made latents of {tuple(latents.shape[2:])}, not {expected}")
+        if tuple(latents.shape[1:]) != expected:
+            raise ValueError(f"the VAE made latents of {tuple(latents.shape[1:])}, not {expected}")
         broken = [i for i in range(len(slots)) if not torch.isfinite(latents[i]).all()]
         if broken:
             advice = "use a VAE that computes in 16 bit, or --no_half_vae"
@@ -256,7 +259,7 @@ def _refuse_random_crop(plan: Plan) -> None:
         raise UserError(problems)
 
 
-def _wanted(plan: Plan, vae_id: str, dtype: str) -> tuple[tuple[Wanted, ...], tuple[int, ...]]:
+def _wanted(plan: Plan, vae_id: str, dtype: str, channels: int) -> tuple[tuple[Wanted, ...], tuple[int, ...]]:
     """What to make, one slot per picture and fit, and the slot of each record: several records may share one."""
     found: dict[tuple[object, ...], Wanted] = {}
     keys = []
@@ -266,7 +269,7 @@ def _wanted(plan: Plan, vae_id: str, dtype: str) -> tuple[tuple[Wanted, ...], tu
         before = found.get(key)
         flipped = subset.flip_aug or (before is not None and before.flipped)
         interpolation = subset.resize_interpolation
-        found[key] = Wanted(record, fit, interpolation, flipped, vae_id, dtype, plan.vae_factor)
+        found[key] = Wanted(record, fit, interpolation, flipped, vae_id, dtype, plan.vae_factor, channels)
         keys.append(key)
     numbers = {key: slot for slot, key in enumerate(found)}
     return tuple(found.values()), tuple(numbers[key] for key in keys)

@@ -38,11 +38,12 @@ class Wanted:
     vae_id: str
     dtype: str
     factor: int
+    channels: int = 4
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(height, width) of the latents."""
-        return self.fit.bucket[1] // self.factor, self.fit.bucket[0] // self.factor
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents."""
+        return self.channels, self.fit.bucket[1] // self.factor, self.fit.bucket[0] // self.factor
 
     def description(self, picture: str) -> dict[str, object]:
         """All that the latents depend on; `picture` is the hash of the picture's file."""
@@ -109,7 +110,7 @@ def judge(path: Path, wanted: Wanted, trust: Trust) -> Verdict:
         return "absent"
     except _UNREADABLE:
         return "damaged"
-    if not isinstance(said, dict) or not all(array.shape[1:] == wanted.shape for array in arrays.values()):
+    if not isinstance(said, dict) or not all(array.shape == wanted.shape for array in arrays.values()):
         return "stale"
     if trust.unchecked:
         picture, arrays_hash = said.get("picture"), said.get("arrays")
@@ -139,7 +140,9 @@ def _fits_foreign(file: Any, path: Path, wanted: Wanted) -> bool:
     if not record.path.stat().st_mtime < path.stat().st_mtime:
         return False
     arrays = [file[name] for name in needed if name.startswith("latents")]
-    if not all(array.ndim == 3 and array.shape[1:] == wanted.shape and np.isfinite(array).all() for array in arrays):
+    if not all(
+        array.shape == wanted.shape and array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays
+    ):
         return False
     crop = np.asarray(file["crop_ltrb"], dtype=np.float64)
     expected = np.asarray(legacy_crop(record.size, wanted.fit.bucket))

@@ -56,19 +56,6 @@ class Dataset:
             found[fit.bucket] += [Sample(index, repeat) for repeat in range(record.repeats)]
         return {bucket: tuple(found[bucket]) for bucket in sorted(found)}
 
-    def bucket_info(self) -> dict[str, object] | None:
-        """`ss_bucket_info` as sd-scripts writes it: {"buckets": {i: {"resolution", "count"}}, "mean_img_ar_error"}.
-
-        Counts include repeats; the error is the mean of |bucket aspect - picture aspect|. None when buckets are off.
-        """
-        if not self.spec.enable_bucket:
-            return None
-        listed = {
-            i: {"resolution": bucket, "count": len(samples)} for i, (bucket, samples) in enumerate(self.samples.items())
-        }
-        errors = [abs(fit.ar_error) for fit in self.fits]
-        return {"buckets": listed, "mean_img_ar_error": sum(errors) / len(errors) if errors else 0.0}
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -105,10 +92,6 @@ class Plan:
     def samples_per_epoch(self) -> int:
         """Samples in one epoch: the sum of all repeats."""
         return sum(record.repeats for record in self.records)
-
-    def updates_per_epoch(self, accumulation: int) -> int:
-        """Optimizer steps in one epoch; the last group may be shorter, since accumulation never crosses an epoch."""
-        return -(-self.batches_per_epoch // accumulation)
 
     def epoch(self, seed: int, epoch: int) -> tuple[GlobalBatch, ...]:
         """The batches of one epoch in the order in which they are trained. `epoch` counts from 1."""

@@ -142,8 +142,13 @@ def network_table(rows: Sequence[tuple[str, int, str, int, float]]) -> None:
     """The network by part: (part, modules, rank and alpha, parameters, size of the file in bytes)."""
     table = _table("Network", ("part", "modules", "rank (alpha)", "parameters", "size"))
     for part, modules, rank, parameters, size in rows:
-        table.add_row(escape(part), str(modules), escape(rank), f"{parameters:,}", f"{size / 2**20:.1f} MiB")
+        table.add_row(escape(part), str(modules), escape(rank), f"{parameters:,}", _size(size))
     _print(table)
+
+
+def _size(count: float) -> str:
+    """Bytes in KiB or MiB."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def count_tokens(plan: Plan, *, seed: int, limit: int) -> TokenCounts:

@@ -10,7 +10,8 @@ def alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
     """The share of the picture that is left in the squared amplitude at each timestep: (1000,) float64.
 
     `scaled_linear` is linear in the square root of beta (Rombach et al. 2022); `linear` is Ho et al. 2020;
-    `squaredcos_cap_v2` is the cosine schedule of Nichol and Dhariwal 2021 with betas up to 0.999.
+    `squaredcos_cap_v2` is the cosine schedule of Nichol and Dhariwal 2021 with betas up to 0.999. With
+    `rescale_betas_zero_snr` the schedule ends in pure noise.
     """
     steps = int(config.get("num_train_timesteps", 1000))
     first, last = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
@@ -27,4 +28,11 @@ def alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
         betas = (1 - left[1:] / left[:-1]).clamp(max=0.999)
     else:
         raise ValueError(f"unknown noise schedule {kind!r}")
-    return torch.cumprod(1 - betas, dim=0)
+    products = torch.cumprod(1 - betas, dim=0)
+    return zero_terminal_snr(products) if config.get("rescale_betas_zero_snr") else products
+
+
+def zero_terminal_snr(products: torch.Tensor) -> torch.Tensor:
+    """The schedule rescaled so that nothing of the picture is left at its end (Lin et al. 2023, algorithm 1)."""
+    roots = products.sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2

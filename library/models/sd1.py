@@ -29,13 +29,12 @@ class Model:
     Attributes:
         latent_scale: what posterior means are multiplied by before noise is added.
         vae_factor: pixels per latent cell, along a side.
-        alphas_cumprod: (1000,) float64, on the CPU, as trained (not rescaled to zero terminal SNR).
+        alphas_cumprod: (1000,) float64, on the CPU, as trained; its last is 0 with zero terminal SNR.
         zero_terminal_snr: the model says that its schedule ends in pure noise.
         vae: None after `release_vae`.
     """
 
     family = "sd1"
-    base_model_version = "sd_v1"
 
     def __init__(
         self,
@@ -63,6 +62,11 @@ class Model:
         self._memo: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._memo_bytes = 0
         self._vae_id: str | None = None
+
+    @property
+    def base_model_version(self) -> str:
+        """The family's name in metadata."""
+        return "sd_v1_v" if self.prediction_type == "v_prediction" else "sd_v1"
 
     @property
     def network_text_encoder(self) -> torch.nn.Module:

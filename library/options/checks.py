@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import Problem, nearest
-from library.options import modules
+from library.options import modules, values
+from library.options.flags import Flag
 from library.options.registry import Options
 
 _OPTIMIZERS = [
@@ -38,18 +39,17 @@ _OPTIMIZERS = [
     "AdamWScheduleFree",
     "SGDScheduleFree",
 ]
-_ADAMW_ARGS = (
-    "weight_decay",
-    "betas",
-    "eps",
-    "amsgrad",
-    "maximize",
-    "foreach",
-    "capturable",
-    "differentiable",
-    "fused",
-)
-_SCHEDULE_ARGS = {"polynomial": ("lr_end",)}
+_BELOW_1 = (("ge", 0.0), ("lt", 1.0))
+_ADAMW_ARGS = {
+    flag.name: flag
+    for flag in (
+        Flag("weight_decay", "float", limits=(("ge", 0.0),)),
+        Flag("eps", "float", limits=(("ge", 0.0),)),
+        Flag("betas", "float", many=True, limits=_BELOW_1),
+        *(Flag(name, "flag") for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")),
+    )
+}
+_SCHEDULE_ARGS = {"polynomial": {"lr_end": Flag("lr_end", "float", limits=(("ge", 0.0),))}}
 _PROMPT_FILES = (".txt", ".toml", ".json")
 
 
@@ -132,7 +132,7 @@ def _schedule(options: Options) -> Iterator[Problem]:
     where = options.where("lr_scheduler_args")
     found, problems = modules.pairs(flags.lr_scheduler_args or (), where)
     yield from problems
-    known = _SCHEDULE_ARGS.get(flags.lr_scheduler, ())
+    known = _SCHEDULE_ARGS.get(flags.lr_scheduler, {})
     yield from _settings(found, known, f"--lr_scheduler {flags.lr_scheduler}", where)
 
 
@@ -155,17 +155,28 @@ def _optimizer(options: Options) -> Iterator[Problem]:
         )
 
 
-def _settings(found: dict[str, str], known: tuple[str, ...], owner: str, where: str) -> Iterator[Problem]:
-    """Problems of settings that `owner` doesn't have, or whose values are no Python literals."""
-    for key, value in found.items():
+def _settings(found: dict[str, str], known: dict[str, Flag], owner: str, where: str) -> Iterator[Problem]:
+    """Problems of settings that `owner` doesn't have, or whose values are no Python literals of the right type."""
+    for key, text in found.items():
         if key not in known:
             listed = f"known are {', '.join(known)}" if known else "it has none"
             yield Problem(where, f"{owner} has no setting {key}", nearest(key, known) or listed)
             continue
         try:
-            ast.literal_eval(value)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            yield Problem(where, f"{key}={value}: {value!r} is no number, True, False or (a, b)")
+            yield Problem(where, f"{key}={text}: {text!r} is no number, True, False or (a, b)")
+            continue
+        if isinstance(value, bool) != (known[key].shape == "flag") or isinstance(value, str | dict | None):
+            yield Problem(where, f"{key}={text} is no {known[key].type_name()}")
+            continue
+        try:
+            read = values.read(known[key], list(value) if isinstance(value, tuple) else value)
+        except ValueError as error:
+            yield Problem(where, f"{key}={text}: {error}")
+            continue
+        if key == "betas" and len(read) != 2:
+            yield Problem(where, f"betas={text} must be two numbers", "such as betas=0.9,0.999")
 
 
 def _what_is_trained(options: Options) -> Iterator[Problem]:
@@ -208,7 +219,7 @@ def _previews(options: Options) -> Iterator[Problem]:
     prompts = flags.sample_prompts
     if asked and prompts is None:
         yield Problem(options.where(asked[0]), "previews need prompts", "add --sample_prompts FILE")
-    if prompts is None:
+    if prompts is None or not asked:
         return
     if not prompts.is_file():
         yield Problem(options.where("sample_prompts"), f"there is no file {prompts}")
@@ -229,6 +240,10 @@ def _notices(options: Options) -> Iterator[str]:
         yield f"{options.where('max_train_steps')}: has no effect, because max_train_epochs counts"
     if options.network.dim_from_weights and options.network.network_dim is not None:
         yield f"{options.where('network_dim')}: has no effect, because dim_from_weights counts"
+    if options.output.save_n_epoch_ratio and options.output.save_every_n_epochs:
+        yield f"{options.where('save_every_n_epochs')}: has no effect, because save_n_epoch_ratio counts"
+    if options.network.network_dropout is not None and "dropout" in options.network_arguments():
+        yield f"{options.where('network_args')}: dropout has no effect, because network_dropout counts"
     if options.training.resume_schedule is not None and options.training.resume is None:
         yield f"{options.where('resume_schedule')}: has no effect without --resume"
     sampling = options.sampling

@@ -180,25 +180,30 @@ def _folders(lookup: _Lookup, parent: Path, flag: str, is_reg: bool, found: Data
         if folder.name.startswith(".") or not folder.is_dir():
             continue
         repeats, class_tokens = _folder_name(folder.name)
-        if repeats < 1:
+        if repeats == 0:
+            found.notices.append(f"{folder}: ignored, because its name asks for 0 repeats")
+            continue
+        if repeats is None:
             other.append(folder.name)
             continue
         subsets.append(_subset(lookup, folder, repeats, is_reg, class_tokens, str(folder)))
     if other and subsets:
         found.notices.append(f"{parent}: ignored, because they aren't named like 10_name: {_some(other)}")
+    loose = sum(entry.suffix.lower() in _PICTURES for entry in entries)
+    if loose and subsets:
+        found.notices.append(f"{parent}: ignored, because they are in no folder like 10_name: {loose} pictures")
     if not subsets:
-        pictures = sum(entry.suffix.lower() in _PICTURES for entry in entries)
         parts = [f"the folders {_some(other)}"] if other else []
-        parts += [f"{pictures} pictures, which belong into such a folder"] if pictures else []
+        parts += [f"{loose} pictures, which belong into such a folder"] if loose else []
         wrong = f"{parent} holds no folder named like 10_name (10 repeats), but {' and '.join(parts) or 'nothing else'}"
         found.problems.append(Problem(where, wrong, f"move the pictures into {parent / '10_name'}"))
     return subsets
 
 
-def _folder_name(name: str) -> tuple[int, str]:
-    """Repeats and class tokens; 0 repeats where the name doesn't begin with a number."""
+def _folder_name(name: str) -> tuple[int | None, str]:
+    """Repeats and class tokens; None where the name doesn't begin with a number."""
     first, _, rest = name.partition("_")
-    return (int(first) if first.isascii() and first.isdigit() else 0), rest
+    return (int(first) if first.isascii() and first.isdigit() else None), rest
 
 
 def _some(names: Sequence[str]) -> str:

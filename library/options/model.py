@@ -37,9 +37,7 @@ class Model(Group):
     sdpa: bool = equivalent(False, "use scaled-dot-product attention", _SDPA)
     xformers: bool = equivalent(False, "use xformers' attention", _SDPA)
     mem_eff_attn: bool = equivalent(False, "use memory-saving attention", _SDPA)
-    lowram: bool = equivalent(
-        False, "load the model straight to the GPU", "weights go to the device tensor by tensor"
-    )
+    lowram: bool = equivalent(False, "load the model straight to the GPU", "weights go to the device tensor by tensor")
     highvram: bool = equivalent(False, "don't empty the GPU's cache", "the GPU's cache is not emptied between batches")
     disable_mmap_load_safetensors: bool = equivalent(
         False, "read files instead of mapping them", "files are read, never mapped"

@@ -104,8 +104,8 @@ def pairs(items: Sequence[str], where: str) -> tuple[dict[str, str], list[Proble
     found: dict[str, str] = {}
     problems = []
     for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip() or not value.strip():
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key or not value:
             problems.append(Problem(where, f"{item!r} is no key=value", "write it without spaces around ="))
         elif key in found:
             problems.append(Problem(where, f"{key} is given twice"))

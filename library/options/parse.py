@@ -33,10 +33,10 @@ def parse(argv: Sequence[str]) -> Options:
     problems += found.problems
     datasets = read_datasets(options, frozenset(bad))
     problems += datasets.problems
+    lines = tuple(dict.fromkeys([*notices, *found.notices, *datasets.notices]))
     if problems:
-        raise UserError(dict.fromkeys(problems))
-    lines = [*notices, *found.notices, *datasets.notices]
-    return options.model_copy(update={"notices": tuple(dict.fromkeys(lines))})
+        raise UserError(dict.fromkeys(problems), lines)
+    return options.model_copy(update={"notices": lines})
 
 
 def _config_file(typed: dict[str, Any]) -> FromFile:

@@ -78,6 +78,11 @@ class Options(BaseModel):
         """
         return getattr(getattr(self, FLAGS[name].group), name)
 
+    def network_arguments(self) -> dict[str, str]:
+        """`--network_args` as names and values."""
+        pairs = (text.partition("=") for text in self.network.network_args or ())
+        return {key.strip(): value.strip() for key, _, value in pairs}
+
     def effective(self) -> dict[str, object]:
         """Every flag but secrets, with its value as JSON holds it: paths as text, tuples as lists."""
         return {name: written(self.value(name)) for name, flag in FLAGS.items() if not flag.secret}

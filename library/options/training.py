@@ -13,7 +13,9 @@ class Training(Group):
     """Training"""
 
     max_train_steps: int = honoured(1600, "optimizer steps", ge=1)
-    max_train_epochs: int | None = honoured(None, "epochs; takes the place of --max_train_steps", ge=1)
+    max_train_epochs: int | None = honoured(
+        None, "epochs; takes the place of --max_train_steps", ge=1, zero_is_off=True
+    )
     seed: int | None = honoured(None, "seed of every random draw (default: a new one, which is shown)", ge=0)
     gradient_accumulation_steps: int = honoured(1, "batches per optimizer step", ge=1)
     resume: str | None = honoured(None, "state folder to go on from, or `latest` in --output_dir", metavar="DIR|latest")

@@ -5,6 +5,7 @@ from library.models.lora_targets import parameter_count, ranked, targets
 from library.training.prepare import Prepared
 from library.training.state import SUFFIX
 from library.training.steps import Clock, SavePlan
+from networks.lora_args import parse
 
 BYTES = {None: 4, "float": 4, "fp16": 2, "bf16": 2}
 SHOWN = 6
@@ -63,17 +64,18 @@ def _network_rows(prepared: Prepared) -> list[tuple[str, int, str, int, float]]:
     if network.network_module != "networks.lora" or network.dim_from_weights:
         what = "ranks of --network_weights" if network.dim_from_weights else "size known when it is made"
         return [(f"{network.network_module}: {what}", 0, "-", 0, 0.0)]
-    arguments = dict(text.split("=", 1) for text in network.network_args or ())
-    dim = network.network_dim or 4
-    conv_dim = int(arguments["conv_dim"]) if "conv_dim" in arguments else None
-    found = targets(prepared.model.unet_config, prepared.model.text_encoder_configs, conv=conv_dim is not None)
+    given = options.network_arguments()
+    lora = parse(network.network_dim, network.network_alpha, given, neuron_dropout=network.network_dropout)
+    found = targets(prepared.model.unet_config, prepared.model.text_encoder_configs, conv=lora.conv_dim is not None)
     trained = prepared.rates
     rows = []
     for part, rate in (("unet", trained.unet), ("text_encoder", trained.text_encoder)):
         chosen = [target for target in found if target.part == part]
         if rate:
-            count = parameter_count(chosen, dim, conv_dim)
-            modules = len(list(ranked(chosen, dim, conv_dim)))
-            rank = f"{dim} ({network.network_alpha:g})" + (f", 3x3: {conv_dim}" if conv_dim else "")
+            count = parameter_count(chosen, lora.dim, lora.conv_dim)
+            modules = len(list(ranked(chosen, lora.dim, lora.conv_dim)))
+            rank = f"{lora.dim} ({lora.alpha:g})"
+            if lora.conv_dim and part == "unet":
+                rank += f", 3x3: {lora.conv_dim} ({lora.conv_alpha:g})"
             rows.append((part, modules, rank, count, float(count * BYTES[options.output.save_precision])))
     return rows

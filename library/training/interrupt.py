@@ -8,8 +8,11 @@ from typing import Self
 from library.training.launcher import under_launcher
 
 
-class StoppedError(Exception):
-    """Raised outside the loop, where there is nothing to save yet. `exit_code` is 130 or 143."""
+class StoppedError(BaseException):
+    """Raised outside the loop, where there is nothing to save yet. `exit_code` is 130 or 143.
+
+    Not an `Exception`: a signal raises it wherever the program stands, and no library may take it for its own error.
+    """
 
     def __init__(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -23,6 +26,7 @@ class Interrupt:
         self._signal = 0
         self._deferred = False
         self._launcher = os.getppid() if under_launcher() else None
+        self._launcher_has_gone = False
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -46,6 +50,8 @@ class Interrupt:
     @property
     def exit_code(self) -> int:
         """0, or 130/143 once the process was told to stop. A launcher that has gone counts as SIGTERM."""
-        if not self._signal and self._launcher is not None and os.getppid() != self._launcher:
-            self._signal = signal.SIGTERM
-        return 128 + self._signal if self._signal else 0
+        if self._signal:
+            return 128 + self._signal
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._launcher_has_gone = True
+        return 128 + signal.SIGTERM if self._launcher_has_gone else 0

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from library.console import bar
+from library.console import bar, warn
 from library.data.loader import Batch, Loader
 from library.rng import rng
 from library.training.distributed import Processes
@@ -34,7 +34,7 @@ class Denoiser(Protocol):
 
 
 class NonFiniteLossError(Exception):
-    """The loss of an update is NaN or infinite; nothing was changed by it."""
+    """The loss or the gradient of an update is NaN or infinite; nothing was changed by it."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,13 @@ class Loop:
         loss, by_key, by_signal = self.processes.sum_with_flags(
             gradients, self._parameters, [loss, float(told == 130), float(told == 143)]
         )
-        self._check_finite(loss, group)
+        if not np.isfinite(loss):
+            raise self._not_finite("loss", loss, group)
         stop = 143 if by_signal else 130 if by_key else 0
         for parameter_group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
             parameter_group["lr"] = learning_rate(self.settings.schedule, base, self.settings.curve, self.updates_done)
         self.scaler.unscale_(self.optimizer)
-        if self.settings.max_grad_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.max_grad_norm)
+        self._clip(group)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -179,16 +179,23 @@ class Loop:
             raise ValueError("a batch holds neither latents nor pixels")
         return latents.to(self.processes.device, torch.float32) * self.model.latent_scale
 
-    def _check_finite(self, loss: float, group: Sequence[Batch]) -> None:
-        if np.isfinite(loss):
-            return
+    def _clip(self, group: Sequence[Batch]) -> None:
+        """Clip the gradients; with a loss scaler, non-finite ones skip the update, otherwise they end the run."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not self.settings.loss_scale and not torch.isfinite(norm):
+            raise self._not_finite("gradient", float(norm), group)
+        if self.settings.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.settings.max_grad_norm, norm)
+
+    def _not_finite(self, what: str, value: float, group: Sequence[Batch]) -> NonFiniteLossError:
         lines = []
         for batch in group:
             at = Coordinates(self.settings.seed, batch.epoch, batch.index, batch.positions)
             timesteps = draw_timesteps(at, self.settings.noise).tolist()
             lines += [f"{name} at timestep {t}" for name, t in zip(batch.names, timesteps, strict=True)]
-        raise NonFiniteLossError(
-            f"the loss of step {self.updates_done + 1} is {loss}; its pictures: {', '.join(lines)}. "
+        return NonFiniteLossError(
+            f"the {what} of step {self.updates_done + 1} is {value}; its pictures: {', '.join(lines)}. "
             "The weights before this step were fine and files saved so far are kept; "
             "try a lower --learning_rate, or --mixed_precision bf16 or no"
         )
@@ -218,12 +225,15 @@ class Loop:
         return bool(stop) and not finished
 
     def _preview(self) -> None:
-        """Previews, if due, on the main process."""
-        if self.events.preview is None or not self.events.previews.due(self.updates_done, self.settings.clock):
+        """Previews, if due and if this process draws them. A failed one is no reason to lose a run."""
+        draw = self.events.preview
+        if draw is None or not self.events.previews.due(self.updates_done, self.settings.clock):
             return
-        if self.processes.is_main:
-            self.trainable.train(False)
+        self.trainable.train(False)
+        try:
             with torch.no_grad():
-                self.events.preview(self.updates_done)
+                draw(self.updates_done)
+        except (RuntimeError, ValueError, OSError) as fault:
+            warn(f"previews at step {self.updates_done} failed, training goes on: {fault}")
+        finally:
             self.trainable.train(True)
-        self.processes.wait()

@@ -25,7 +25,7 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """`--noise_offset`, `--min_timestep` (inclusive), `--max_timestep` (exclusive; equal values fix the timestep)."""
+    """`--noise_offset`, `--min_timestep` (inclusive), `--max_timestep` (exclusive)."""
 
     noise_offset: float = 0.0
     min_timestep: int = 0
@@ -50,8 +50,6 @@ def draw_noise(shape: Sequence[int], at: Coordinates, settings: NoiseSettings) -
 def draw_timesteps(at: Coordinates, settings: NoiseSettings) -> torch.Tensor:
     """Timesteps (b,), int64 on the CPU, uniform in [min_timestep, max_timestep)."""
     low, high = settings.min_timestep, settings.max_timestep
-    if low >= high:
-        return torch.full((len(at.positions),), high, dtype=torch.int64)
     draws = [int(rng(at.seed, "timestep", at.epoch, at.index, p).integers(low, high)) for p in at.positions]
     return torch.tensor(draws, dtype=torch.int64)
 
@@ -78,7 +76,8 @@ class Objective:
         snr = table / (1.0 - table)
         weights = torch.ones_like(snr)
         if min_snr_gamma:
-            weights = snr.clamp(max=min_snr_gamma) / (snr + 1.0 if self._predicts_v else snr)
+            capped = snr.clamp(max=min_snr_gamma)
+            weights = capped / (snr + 1.0) if self._predicts_v else (min_snr_gamma / snr).clamp(max=1.0)
         self.weights = weights.float().to(device)
 
     def _scales(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

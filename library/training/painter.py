@@ -25,10 +25,14 @@ class ModelPainter:
         result = draw(
             prompt.prompt,
             prompt.negative_prompt,
-            width=prompt.width or side,
-            height=prompt.height or side,
+            width=self._floor(prompt.width or side),
+            height=self._floor(prompt.height or side),
             num_inference_steps=prompt.sample_steps,
             guidance_scale=prompt.scale,
             generator=torch.Generator("cpu").manual_seed(seed),
         )
         return result.images[0]
+
+    def _floor(self, size: int) -> int:
+        """Down to a multiple of the VAE's factor, but not below 64, as sd-scripts does."""
+        return max(64, size - size % self._model.vae_factor)

@@ -18,14 +18,20 @@ from library.data.report import pictures_table
 from library.data.sources import Scan, survey
 from library.errors import Problem, UserError
 from library.models import samplers
+from library.models.headers import read_header
 from library.models.inspect import ModelInfo, inspect
 from library.options import Options, load_datasets
 from library.options.specs import DatasetSpec
 from library.training.prompts import Prompt, read_prompts
-from library.training.state import RunState, check_same_run, find_latest, read_state, schedule_total
+from library.training.state import RunState, changes, check_same_run, find_latest, read_state, schedule_total
 from library.training.steps import Clock, PreviewPlan, SavePlan, epochs_between_saves, make_clock
 
 Result = TypeVar("Result")
+MAY_CHANGE = (
+    *("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "max_grad_norm"),
+    *("noise_offset", "min_snr_gamma", "min_timestep", "max_timestep", "prior_loss_weight", "clip_skip"),
+    "max_token_length",
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class Prepared:
     seed: int
     schedule_total: int
     settings: dict[str, str]
+    may_change: dict[str, str]
     rates: LearningRates
     notices: tuple[str, ...]
 
@@ -116,13 +123,18 @@ def prepare(options: Options) -> Prepared:
     if specs and (options.caching.cache_latents or options.caching.cache_latents_to_disk):
         collect.problems += _random_crops(specs)
     prompts: tuple[Prompt, ...] = ()
-    if options.sampling.sample_prompts:
-        path = Path(options.sampling.sample_prompts)
+    sampling = options.sampling
+    drawn = sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first
+    if sampling.sample_prompts and drawn:
+        path = Path(sampling.sample_prompts)
         prompts = collect.attempt(lambda: read_prompts(path)) or ()
-        collect.attempt(lambda: samplers.check(options.sampling.sample_sampler))
+        collect.attempt(lambda: samplers.check(sampling.sample_sampler))
+    weights = options.network.network_weights
+    if weights is not None and weights.suffix == ".safetensors":
+        collect.attempt(lambda: read_header(weights, options.where("network_weights")))
     resume = collect.attempt(lambda: _find_resume(options, notices))
     if collect.problems or not (model and specs and found and plan):
-        raise UserError(collect.problems)
+        raise UserError(collect.problems, [*notices, *(found.notices if found else ())])
     notices += found.notices
     training = options.training
     clock = make_clock(
@@ -142,13 +154,16 @@ def prepare(options: Options) -> Prepared:
         output.save_state,
         output.save_state_on_train_end,
     )
-    sampling = options.sampling
     previews = PreviewPlan(sampling.sample_every_n_steps, sampling.sample_every_n_epochs, sampling.sample_at_first)
     seed, span = _seed(training.seed, resume), clock.total_updates
+    if training.seed is None:
+        notices.append(f"--seed {seed}" + ("" if resume else " was drawn for this run"))
     settings = _settings(options, plan, model, clock, seed)
+    may_change = {name: str(options.value(name)) for name in MAY_CHANGE}
     if resume:
         check_same_run(resume.state, settings)
         span = schedule_total(resume.state, clock.total_updates, training.resume_schedule)
+        notices += changes(resume.state, may_change)
     return Prepared(
         options=options,
         specs=specs,
@@ -163,6 +178,7 @@ def prepare(options: Options) -> Prepared:
         seed=seed,
         schedule_total=span,
         settings=settings,
+        may_change=may_change,
         rates=_rates(options),
         notices=tuple(notices),
     )

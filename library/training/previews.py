@@ -6,7 +6,7 @@ of their own, and the network's mode is put back.
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _STAMP = "%Y%m%d%H%M%S"
+CELL = 256
 
 
 class Painter(Protocol):
@@ -38,13 +39,16 @@ class PreviewWriter:
     sampler: str
     seed: int
     started_at: float
+    told_to_stop: Callable[[], bool]
 
     def draw(self, updates_done: int, epoch: int | None) -> None:
-        """Draw every prompt; `epoch` (from 1) names the files of an epoch's end, else the step does."""
+        """Draw every prompt, unless told to stop. Files are named by `epoch` (from 1), or without one by the step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tag = f"{updates_done:06d}" if epoch is None else f"e{epoch:06d}"
         for index, prompt in enumerate(track(self.prompts, f"previews at step {updates_done}", len(self.prompts))):
             seed = prompt.seed if prompt.seed is not None else int(rng(self.seed, "preview", index).integers(2**31))
+            if self.told_to_stop():
+                return
             sampler = prompt.sample_sampler or self.sampler
             image = self.painter.paint(replace(prompt, sample_sampler=sampler), seed)
             stem = f"{tag}_{index:02d}_{time.strftime(_STAMP)}_{seed}"
@@ -71,9 +75,7 @@ class PreviewWriter:
         from PIL import Image, ImageDraw
 
         rows = self._pictures()
-        cells = {
-            (tag, index): Image.open(path).convert("RGB") for tag, row in rows.items() for index, path in row.items()
-        }
+        cells = {(tag, index): _small(path) for tag, row in rows.items() for index, path in row.items()}
         if not cells:
             return
         width = max(image.width for image in cells.values())
@@ -88,6 +90,15 @@ class PreviewWriter:
             for index in row:
                 sheet.paste(cells[tag, index], (index * width, top + label))
         _write_png(sheet, self.folder / f"{self._prefix}sheet.png")
+
+
+def _small(path: Path) -> "Image":
+    """A picture in RGB, no side longer than a cell of the contact sheet."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.thumbnail((CELL, CELL))
+        return image.convert("RGB")
 
 
 def _write_png(image: "Image", path: Path) -> None:

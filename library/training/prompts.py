@@ -152,9 +152,6 @@ def _build(values: dict[str, Any], where: str, problems: list[Problem]) -> Promp
             problems += error.problems
     if not 1 <= prompt.sample_steps <= 1000:
         problems.append(Problem(where, f"{prompt.sample_steps} sampling steps", "use 1 to 1000"))
-    return replace(prompt, width=_floor_size(prompt.width), height=_floor_size(prompt.height))
-
-
-def _floor_size(size: int | None) -> int | None:
-    """Down to a multiple of 8, but not below 64, as sd-scripts does."""
-    return None if size is None else max(64, size - size % 8)
+    if prompt.seed is not None and not 0 <= prompt.seed < 2**63:
+        problems.append(Problem(where, f"seed {prompt.seed}", "use 0 to 2**63 - 1"))
+    return prompt

@@ -55,7 +55,7 @@ class RunRecord:
             total_batch_size=plan.global_batch_size(0),
             datasets=tuple(_dataset_facts(dataset, prepared) for dataset in plan.datasets),
             from_config=options.dataset.dataset_config is not None,
-            network_args=_network_args(options.network.network_args),
+            network_args=options.network_arguments() or None,
         )
         self._texts = {name: options.value(f"metadata_{name}") for name in _TEXTS}
         self._texts["thumbnail"] = _thumbnail(self._texts["thumbnail"])
@@ -73,7 +73,11 @@ class RunRecord:
         prepared, now = self._prepared, time.time()
         options = prepared.options
         settings = replace(
-            Settings.of(options.effective()), seed=prepared.seed, max_train_steps=prepared.clock.total_updates
+            Settings.of(options.effective()),
+            seed=prepared.seed,
+            max_train_steps=prepared.clock.total_updates,
+            zero_terminal_snr=bool(prepared.model.scheduler_config.get("rescale_betas_zero_snr")),
+            text_encoder_lr=next(iter(options.optimizer.text_encoder_lr or ()), None),
         )
         progress = Progress(updates_done // prepared.clock.updates_per_epoch, updates_done, now)
         spec = ModelSpec(
@@ -90,12 +94,6 @@ class RunRecord:
         )
         training = training_metadata(self._facts, settings)
         return lora_metadata(training, progress, spec, no_metadata=options.output.no_metadata)
-
-
-def _network_args(texts: tuple[str, ...] | None) -> dict[str, str] | None:
-    if not texts:
-        return None
-    return {key.strip(): value for key, _, value in (text.partition("=") for text in texts)}
 
 
 def _thumbnail(value: str | None) -> str | None:
@@ -149,4 +147,5 @@ def _dataset_facts(dataset: Dataset, prepared: Prepared) -> DatasetFacts:
         tag_frequency=tag_frequency(records, prepared.specs),
         buckets=buckets,
         mean_ar_error=sum(errors) / len(errors) if errors else 0.0,
+        resize_interpolation=prepared.options.dataset.resize_interpolation,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from library.console import say, warn
-from library.training.state import SUFFIX, RunState, write_state
+from library.training.state import SUFFIX, RunState, flush, write_state
 from library.training.steps import Save
 from library.training.trainable import Trainable
 
@@ -38,9 +38,7 @@ class Saver:
         """Write what `save` asks for; returns the weight file."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         path = self.output_dir / f"{save.stem}{self.extension}"
-        self.trainable.save(path, self.dtype, self.metadata(updates_done))
-        for line in self.check(path):
-            warn(line)
+        self._write(path, updates_done)
         say(f"saved {path}")
         if save.state:
             folder = self.output_dir / f"{save.stem}{SUFFIX}"
@@ -49,6 +47,19 @@ class Saver:
             say(f"saved {folder}")
         self._delete_expired(save)
         return path
+
+    def _write(self, path: Path, updates_done: int) -> None:
+        """Write under a temporary name, read back, rename: whatever the network module does, `path` is whole or old."""
+        temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
+        try:
+            self.trainable.save(temporary, self.dtype, self.metadata(updates_done))
+            for line in self.check(temporary):
+                warn(f"{path}: {line}")
+            flush(temporary)
+            temporary.replace(path)
+            flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _delete_expired(self, save: Save) -> None:
         for stem in save.expired_weights:

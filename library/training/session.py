@@ -1,15 +1,13 @@
 """From a prepared run to a finished one: load, cache, attach, and let the loop run. Only here all rooms are known."""
 
-import importlib
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,9 +18,10 @@ from library.errors import UserError
 from library.models.load import load
 from library.models.sd1 import Model
 from library.rng import rng
+from library.training.attach import attach_network
 from library.training.distributed import Processes, join_processes
 from library.training.interrupt import Interrupt
-from library.training.loop import Events, Loop, LoopSettings, NonFiniteLossError, seed_foreign_generators
+from library.training.loop import Events, Loop, LoopSettings, NonFiniteLossError
 from library.training.objective import NoiseSettings, Objective
 from library.training.optimizers import build_optimizer, parse_arguments
 from library.training.painter import ModelPainter
@@ -36,7 +35,7 @@ from library.training.state import RunState, load_tensors
 from library.training.steps import Save
 from library.training.tracking import LossAverage, NoTracker, TensorBoard, Tracker
 from library.training.trainable import NetworkTrainable
-from library.weights.check import check_file
+from library.weights.check import BadWeightsError, check_file
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,7 +50,8 @@ class Identity:
 
 
 def train(prepared: Prepared, argv: Sequence[str], interrupt: Interrupt, phases: Phases) -> int:
-    """Run to the end. Returns 0, 1 (the loss is no number), 130 or 143 (told to stop; weights and state are saved).
+    """Run to the end. Returns 0, 1 (the loss or the weights are no numbers, or a file can't be written), or 130 or 143
+    (told to stop; weights and state are saved).
 
     Raises:
         UserError: what could be known only with the model or the device at hand.
@@ -64,13 +64,13 @@ def train(prepared: Prepared, argv: Sequence[str], interrupt: Interrupt, phases:
     with phases.phase("latents"):
         latents = _cache_latents(prepared, model, processes)
     with phases.phase("network"):
-        trainable = _attach_network(prepared, model, processes)
+        trainable = attach_network(prepared, model, processes.device)
         loop, saver = _assemble(prepared, model, trainable, latents, processes, interrupt, phases)
     first = loop.updates_done
     try:
         with phases.phase("steps"):
             exit_code = loop.run()
-    except NonFiniteLossError as fault:
+    except (NonFiniteLossError, BadWeightsError, OSError) as fault:
         error(str(fault))
         return 1
     finally:
@@ -79,7 +79,7 @@ def train(prepared: Prepared, argv: Sequence[str], interrupt: Interrupt, phases:
         say(phases.summary(loop.updates_done - first))
         if exit_code:
             say(f"stopped after step {loop.updates_done} of {prepared.clock.total_updates}; to go on:")
-            say(f"  {resume_command(argv, saver.latest_state or Path('latest'))}")
+            say(f"  {resume_command(argv, saver.latest_state)}")
     return exit_code
 
 
@@ -122,6 +122,7 @@ def _cache_latents(prepared: Prepared, model: Model, processes: Processes) -> La
         to_disk=caching.cache_latents_to_disk,
         vae_batch_size=caching.vae_batch_size,
         dtype=str(model.vae_dtype).removeprefix("torch."),
+        channels=int(prepared.model.vae_config.get("latent_channels", 4)),
         trust_foreign=caching.trust_foreign_caches == "yes",
         skip_check=caching.skip_cache_check,
         threads=min(prepared.options.dataset.max_data_loader_n_workers, os.cpu_count() or 1),
@@ -131,51 +132,6 @@ def _cache_latents(prepared: Prepared, model: Model, processes: Processes) -> La
     )
     model.release_vae()
     return store
-
-
-def _network_arguments(prepared: Prepared) -> dict[str, Any]:
-    options = prepared.options.network
-    pairs = (text.partition("=") for text in options.network_args or ())
-    arguments: dict[str, Any] = {key.strip(): value for key, _, value in pairs}
-    return {"dropout": options.network_dropout, **arguments}
-
-
-def _attach_network(prepared: Prepared, model: Model, processes: Processes) -> NetworkTrainable:
-    """Create the network, put it on the model and load what it starts from."""
-    options = prepared.options.network
-    name = str(options.network_module)
-    module = importlib.import_module(name)
-    seed_foreign_generators(prepared.seed, -1)
-    arguments = _network_arguments(prepared)
-    if name.startswith("networks."):
-        arguments["seed"] = prepared.seed
-    weights = options.network_weights
-    if options.dim_from_weights and weights:
-        network, _ = module.create_network_from_weights(
-            1.0, str(weights), model.vae, model.network_text_encoder, model.unet, **arguments
-        )
-    else:
-        network = module.create_network(
-            1.0,
-            options.network_dim,
-            options.network_alpha,
-            model.vae,
-            model.network_text_encoder,
-            model.unet,
-            neuron_dropout=options.network_dropout,
-            **arguments,
-        )
-    trainable = NetworkTrainable(
-        network, model.unet, model.network_text_encoder, prepared.rates, prepared.options.optimizer.learning_rate
-    )
-    if weights:
-        trainable.load_weights(Path(weights))
-    trainable.to(processes.device)
-    if prepared.options.model.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-        trainable.enable_gradient_checkpointing()
-    trainable.prepare()
-    return trainable
 
 
 def _tracker(prepared: Prepared, processes: Processes) -> Tracker:
@@ -202,25 +158,14 @@ def _assemble(
         parse_arguments(options.optimizer.optimizer_args or (), "--optimizer_args"),
     )
     identity = _identity(prepared)
-    losses = resume.state.losses if resume else ()
-    average = LossAverage(clock.updates_per_epoch, losses)
-    loss, rates = options.loss, options.optimizer
-    arguments = parse_arguments(rates.lr_scheduler_args or (), "--lr_scheduler_args")
-    curve = Curve(
-        prepared.schedule_total,
-        warmup_steps(rates.lr_warmup_steps, prepared.schedule_total),
-        rates.lr_scheduler_num_cycles,
-        rates.lr_scheduler_power,
-        **({"end_lr": float(arguments["lr_end"])} if "lr_end" in arguments else {}),
-    )
-    noise = NoiseSettings(loss.noise_offset or 0.0, loss.min_timestep or 0, loss.max_timestep or 1000)
-    objective = Objective(model.alphas_cumprod, model.prediction_type, loss.min_snr_gamma, processes.device)
+    average = LossAverage(clock.updates_per_epoch, resume.state.losses if resume else ())
+    objective = Objective(model.alphas_cumprod, model.prediction_type, options.loss.min_snr_gamma, processes.device)
     loader = Loader(
         prepared.plan,
         seed=prepared.seed,
         latents=latents,
         workers=options.dataset.max_data_loader_n_workers,
-        prior_loss_weight=loss.prior_loss_weight,
+        prior_loss_weight=options.loss.prior_loss_weight,
         rank=processes.rank,
         world_size=processes.count,
     )
@@ -236,6 +181,7 @@ def _assemble(
             clock.total_updates,
             tuple(average.losses),
             prepared.settings,
+            prepared.may_change,
         )
 
     output_dir = Path(str(options.output.output_dir))
@@ -255,18 +201,12 @@ def _assemble(
             saver.save(wanted, updates_done)
 
     preview = (
-        _preview(prepared, model, identity, output_dir, phases) if prepared.prompts and processes.is_main else None
+        _preview(prepared, model, identity, output_dir, interrupt, phases)
+        if prepared.prompts and processes.is_main
+        else None
     )
     loop = Loop(
-        LoopSettings(
-            prepared.seed,
-            clock,
-            rates.lr_scheduler,
-            curve,
-            rates.max_grad_norm,
-            noise,
-            loss_scale=options.model.mixed_precision == "fp16",
-        ),
+        _loop_settings(prepared, len(model.alphas_cumprod)),
         model,
         trainable,
         optimizer,
@@ -287,6 +227,29 @@ def _assemble(
     return loop, saver
 
 
+def _loop_settings(prepared: Prepared, timesteps: int) -> LoopSettings:
+    """The numbers of the loop; `timesteps` is the length of the model's noise schedule."""
+    options = prepared.options
+    loss, rates = options.loss, options.optimizer
+    arguments = parse_arguments(rates.lr_scheduler_args or (), "--lr_scheduler_args")
+    curve = Curve(
+        prepared.schedule_total,
+        warmup_steps(rates.lr_warmup_steps, prepared.schedule_total),
+        rates.lr_scheduler_num_cycles,
+        rates.lr_scheduler_power,
+        **({"end_lr": float(arguments["lr_end"])} if "lr_end" in arguments else {}),
+    )
+    return LoopSettings(
+        prepared.seed,
+        prepared.clock,
+        rates.lr_scheduler,
+        curve,
+        rates.max_grad_norm,
+        NoiseSettings(loss.noise_offset or 0.0, loss.min_timestep or 0, loss.max_timestep or timesteps),
+        loss_scale=options.model.mixed_precision == "fp16",
+    )
+
+
 def _identity(prepared: Prepared) -> Identity:
     """A new run's identity, or that of the run that goes on. The same run started again has the same session id."""
     if prepared.resume:
@@ -295,7 +258,9 @@ def _identity(prepared: Prepared) -> Identity:
     return Identity(int(drawn), time.time())
 
 
-def _preview(prepared: Prepared, model: Model, identity: Identity, output_dir: Path, phases: Phases) -> Any:
+def _preview(
+    prepared: Prepared, model: Model, identity: Identity, output_dir: Path, interrupt: Interrupt, phases: Phases
+) -> Callable[[int], None]:
     writer = PreviewWriter(
         ModelPainter(model),
         prepared.prompts,
@@ -304,6 +269,7 @@ def _preview(prepared: Prepared, model: Model, identity: Identity, output_dir: P
         prepared.options.sampling.sample_sampler,
         prepared.seed,
         identity.started_at,
+        lambda: interrupt.exit_code != 0,
     )
     clock, by_epoch = prepared.clock, prepared.previews.every_n_epochs is not None
 
@@ -315,8 +281,8 @@ def _preview(prepared: Prepared, model: Model, identity: Identity, output_dir: P
     return draw
 
 
-def resume_command(argv: Sequence[str], state: Path) -> str:
-    """The command line that goes on from `state`."""
+def resume_command(argv: Sequence[str], state: Path | None) -> str:
+    """The command line that goes on from `state`, or from the latest one."""
     arguments: list[str] = []
     skip = False
     for argument in argv:
@@ -327,4 +293,6 @@ def resume_command(argv: Sequence[str], state: Path) -> str:
         else:
             arguments.append(argument)
     cpu = ["--cpu"] if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else []
-    return shlex.join(["accelerate", "launch", *cpu, "--quiet", sys.argv[0], *arguments, "--resume", str(state)])
+    return shlex.join(
+        ["accelerate", "launch", *cpu, "--quiet", sys.argv[0], *arguments, "--resume", str(state or "latest")]
+    )

@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 TENSORS = "trained.safetensors"
 OPTIMIZER = "optimizer.pt"
 SUFFIX = "-state"
+_REPLACED = ".replaced"
 
 _ADVICE = {
     "seed": "resume with the seed that the run was started with, or leave --seed out",
@@ -31,7 +32,10 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands after `updates_done` updates, and the settings that a resume must share."""
+    """Where a run stands after `updates_done` updates, and its settings.
+
+    A resume must share `settings`; `may_change` holds those that it may change, with a line that says so.
+    """
 
     updates_done: int
     session_id: int
@@ -41,6 +45,7 @@ class RunState:
     total_updates: int
     losses: tuple[float, ...]
     settings: dict[str, str]
+    may_change: dict[str, str]
 
 
 def _digest(path: Path) -> str:
@@ -48,7 +53,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file's or folder's contents are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -61,8 +67,8 @@ def write_state(folder: Path, state: RunState, tensors: Mapping[str, Any], optim
     import torch
     from safetensors.torch import save_file
 
+    _tidy(folder)
     temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
     torch.save(dict(optimizer), temporary / OPTIMIZER)
@@ -74,13 +80,21 @@ def write_state(folder: Path, state: RunState, tensors: Mapping[str, Any], optim
     }
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    replaced = folder.with_name(f".{folder.name}.old{os.getpid()}")
+        flush(path)
     if folder.exists():
-        folder.rename(replaced)
+        folder.rename(folder.with_name(f".{folder.name}{_REPLACED}"))
     temporary.rename(folder)
-    _flush(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    flush(folder.parent)
+    _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what earlier, killed writers of this state left behind; bring the old state back if it is all there is."""
+    replaced = folder.with_name(f".{folder.name}{_REPLACED}")
+    if replaced.is_dir() and not folder.exists():
+        replaced.rename(folder)
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -93,17 +107,29 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def find_latest(output_dir: Path, output_name: str | None) -> Path | None:
-    """The state of this output name that is furthest in its run, or None."""
-    candidates = []
-    for folder in sorted(output_dir.glob(f"*{SUFFIX}")) if output_dir.is_dir() else []:
-        stem = folder.name.removesuffix(SUFFIX)
-        base, _, tail = stem.rpartition("-")
-        ours = stem == (output_name or "last") or (base == output_name and tail.removeprefix("step").isdigit())
-        ours = ours or (output_name is None and base in ("at", "epoch"))
-        manifest = _manifest(folder) if ours else None
+    """The state of this output name that is furthest in the run that was saved last, or None."""
+    for replaced in output_dir.glob(f".*{SUFFIX}{_REPLACED}"):
+        _tidy(replaced.with_name(replaced.name[1:].removesuffix(_REPLACED)))
+    found: dict[tuple[int, float], list[tuple[int, Path]]] = {}
+    newest, latest_run = 0.0, None
+    for folder in sorted(output_dir.glob(f"*{SUFFIX}")):
+        manifest = _manifest(folder) if _is_named(folder, output_name) else None
         if manifest and manifest.get("version") == FORMAT_VERSION:
-            candidates.append((int(manifest["updates_done"]), (folder / MANIFEST).stat().st_mtime, folder))
-    return max(candidates)[2] if candidates else None
+            run = (int(manifest["session_id"]), float(manifest["started_at"]))
+            found.setdefault(run, []).append((int(manifest["updates_done"]), folder))
+            saved_at = (folder / MANIFEST).stat().st_mtime
+            if saved_at >= newest:
+                newest, latest_run = saved_at, run
+    return max(found[latest_run])[1] if latest_run else None
+
+
+def _is_named(folder: Path, output_name: str | None) -> bool:
+    """Whether a state folder has one of the names that runs of this output name give."""
+    stem = folder.name.removesuffix(SUFFIX)
+    base, _, tail = stem.rpartition("-")
+    if output_name is None:
+        return stem == "last" or base in ("at", "epoch")
+    return stem == output_name or (base == output_name and tail.removeprefix("step").isdigit())
 
 
 def read_state(folder: Path) -> RunState:
@@ -155,6 +181,15 @@ def check_same_run(state: RunState, settings: Mapping[str, str]) -> None:
     ]
     if problems:
         raise UserError(problems)
+
+
+def changes(state: RunState, may_change: Mapping[str, str]) -> list[str]:
+    """A line for each setting that a resumed run has otherwise than the run was started with."""
+    return [
+        f"--resume: {name} was {state.may_change.get(name)}, from here on it is {value}"
+        for name, value in may_change.items()
+        if state.may_change.get(name) != value
+    ]
 
 
 def schedule_total(state: RunState, total: int, choice: str | None) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from library.console import say
 from library.errors import UserError
 from library.training.objective import Coordinates
 from library.training.prepare import LearningRates
@@ -54,10 +55,17 @@ class NetworkTrainable:
             )
 
     def _parameter_groups(self, rates: LearningRates, default: float) -> tuple[list[dict[str, Any]], list[str]]:
+        several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
+        if several is not None:
+            return self._named(several([rates.text_encoder], rates.unet, default))
         prepare = self.network.prepare_optimizer_params
         takes_default = len(inspect.signature(prepare).parameters) > 2
         arguments = (rates.text_encoder, rates.unet, default) if takes_default else (rates.text_encoder, rates.unet)
-        result = prepare(*arguments)
+        return self._named(prepare(*arguments))
+
+    @staticmethod
+    def _named(result: Any) -> tuple[list[dict[str, Any]], list[str]]:
+        """Groups, and a description of each: modules give both, or only the groups."""
         groups, descriptions = result if isinstance(result, tuple) else (result, None)
         groups = [{**group, "params": list(group["params"])} for group in groups]
         return groups, descriptions or [f"group{number}" for number in range(len(groups))]
@@ -75,7 +83,8 @@ class NetworkTrainable:
 
     def load_weights(self, path: Path) -> None:
         """Start from a file of this module (`--network_weights`); its alpha counts."""
-        self.network.load_weights(str(path))
+        said = self.network.load_weights(str(path))
+        say(said if isinstance(said, str) else f"weights loaded from {path}")
 
     def prepare(self) -> None:
         self.network.prepare_grad_etc(self._text_encoder, self._unet)

@@ -72,10 +72,10 @@ class DatasetFacts:
     mean_ar_error: float = 0.0
     resize_interpolation: str | None = None
 
-    def bucket_info(self) -> dict[str, Any]:
-        """The JSON object of `ss_bucket_info`."""
-        if not self.buckets:
-            return {"buckets": {}, "mean_img_ar_error": 0}
+    def bucket_info(self) -> dict[str, Any] | None:
+        """The JSON object of `ss_bucket_info`; null where buckets are off."""
+        if not self.enable_bucket:
+            return None
         listed = {
             str(number): {"resolution": list(size), "count": count} for number, (size, count) in enumerate(self.buckets)
         }

@@ -73,21 +73,6 @@ def test_steps() -> None:
     plan = plan_of(count=10, repeats=3, batch_size=4)
     assert [len(samples) for samples in plan.datasets[0].samples.values()] == [9, 12, 9]
     assert plan.batches_per_epoch == 3 + 3 + 3
-    assert [plan.updates_per_epoch(n) for n in (1, 2, 4, 9, 100)] == [9, 5, 3, 1, 1]
-
-
-def test_bucket_info() -> None:
-    info = plan_of(count=10, repeats=3).datasets[0].bucket_info()
-    assert info is not None
-    assert info == {
-        "buckets": {
-            0: {"resolution": (64, 256), "count": 9},
-            1: {"resolution": (128, 128), "count": 12},
-            2: {"resolution": (256, 64), "count": 9},
-        },
-        "mean_img_ar_error": 0.0,
-    }
-    assert plan_of(enable_bucket=False).datasets[0].bucket_info() is None
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,12 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_sd1: Path, tmp_path: 
     make_pictures(tmp_path / "pictures", count=7)
     one = run([sys.executable, str(SCRIPT), *arguments(tiny_sd1, tmp_path, "one", 4)])
     assert one.returncode == 0, one.stderr
-    both = run(two(str(SCRIPT), *arguments(tiny_sd1, tmp_path, "both", 2)))
+    (tmp_path / "prompts.txt").write_text("a thing --w 64 --h 64 --s 1\n")
+    previews = ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_at_first", "--sample_every_n_steps", "3"]
+    both = run(two(str(SCRIPT), *arguments(tiny_sd1, tmp_path, "both", 2), *previews))
     assert both.returncode == 0, both.stderr
     assert both.stderr.count("saved ") == 1
+    assert len(list((tmp_path / "output/sample").glob("both_0*.png"))) == 3
     first, second = (load_file(tmp_path / f"output/{name}.safetensors") for name in ("one", "both"))
     assert first.keys() == second.keys()
     for key, tensor in first.items():

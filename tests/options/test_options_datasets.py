@@ -266,8 +266,9 @@ def test_kohya_folders_are_sorted_and_others_are_mentioned(run: Run, tmp_path: P
         ("1_dog", 1, "dog", True),
     ]
     assert all(subset.flip_aug and subset.caption_extension == ".txt" for subset in spec.subsets)
-    (notice,) = options.notices
-    assert "0_none, notes" in notice
+    nothing, notice = options.notices
+    assert "0_none" in nothing and "0 repeats" in nothing
+    assert "notes" in notice
 
 
 def test_no_kohya_folder_says_what_is_there(run: Run, tmp_path: Path) -> None:

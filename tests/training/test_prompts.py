@@ -17,7 +17,7 @@ def file(tmp_path: Path, name: str, text: str) -> Path:
 def test_text_lines_with_options(tmp_path: Path) -> None:
     text = "# a comment\n\na cat, big --n dog, ugly --w 130 --h 64 --d 7 --s 5 --l 4.5 --ss euler_a\nn 1girl, s 5\n"
     first, second = read_prompts(file(tmp_path, "p.txt", text))
-    assert first == Prompt("a cat, big", "dog, ugly", 128, 64, 7, 5, 4.5, "euler_a")
+    assert first == Prompt("a cat, big", "dog, ugly", 130, 64, 7, 5, 4.5, "euler_a")
     assert second == Prompt("n 1girl, s 5")
 
 

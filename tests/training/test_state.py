@@ -1,5 +1,6 @@
 """States: complete or absent, found again, and refused when they don't fit."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,15 @@ import torch
 
 from library.errors import UserError
 from library.training import state as states
-from library.training.state import RunState, check_same_run, find_latest, load_tensors, read_state, schedule_total
+from library.training.state import (
+    RunState,
+    changes,
+    check_same_run,
+    find_latest,
+    load_tensors,
+    read_state,
+    schedule_total,
+)
 
 
 def make(updates: int = 4, **changes: object) -> RunState:
@@ -21,6 +30,7 @@ def make(updates: int = 4, **changes: object) -> RunState:
         "total_updates": 12,
         "losses": (0.1, 1 / 3),
         "settings": {"seed": "3", "data": "abc"},
+        "may_change": {"learning_rate": "0.1"},
     }
     return RunState(**{**values, **changes})
 
@@ -56,11 +66,31 @@ def test_a_crash_while_writing_leaves_the_old_state(tmp_path: Path, monkeypatch:
     def crash(*arguments: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(states, "_flush", crash)
+    monkeypatch.setattr(states, "flush", crash)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path / "x-state", make(4))
     assert read_state(tmp_path / "x-state").updates_done == 2
     assert find_latest(tmp_path, "x") == tmp_path / "x-state"
+
+
+def test_a_newer_run_counts_before_an_older_one_that_went_further(tmp_path: Path) -> None:
+    write(tmp_path / "x-state", make(12))
+    write(tmp_path / "x-step00000004-state", make(4, started_at=2.5))
+    os.utime(tmp_path / "x-state/manifest.json", (1, 1))
+    assert find_latest(tmp_path, "x") == tmp_path / "x-step00000004-state"
+
+
+def test_a_state_that_was_being_replaced_is_found_again(tmp_path: Path) -> None:
+    write(tmp_path / "x-state", make(2))
+    (tmp_path / "x-state").rename(tmp_path / ".x-state.replaced")
+    (tmp_path / ".x-state.tmp77").mkdir()
+    assert find_latest(tmp_path, "x") == tmp_path / "x-state"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-state"]
+
+
+def test_what_a_resume_changes_is_said(tmp_path: Path) -> None:
+    assert changes(make(), {"learning_rate": "0.1"}) == []
+    assert changes(make(), {"learning_rate": "0.2"}) == ["--resume: learning_rate was 0.1, from here on it is 0.2"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove"])
