@@ -37,9 +37,7 @@ def test_the_judge_reads_drawn_scenes() -> None:
         width, height = BUCKETS[number % len(BUCKETS)]
         for name, agrees in agreement(scene, judge(draw(scene, width, height))).items():
             right[name] += agrees
-    assert right["colour"] == right["background"] == right["shape"] == 100
-    assert right["place"] >= 90
-    assert right["size"] >= 95
+    assert set(right.values()) == {100}, right
 
 
 def test_the_judge_says_no_to_what_was_not_drawn() -> None:
