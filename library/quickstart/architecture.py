@@ -112,6 +112,10 @@ def save_folder(folder: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, te
     folder.mkdir(parents=True, exist_ok=True)
     for name, module in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
         module.to(torch.float16).save_pretrained(folder / name, safe_serialization=True)
+    config_file = folder / "text_encoder" / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["dtype"] = "float32"  # transformers would load fp16 unasked, and diffusers loads the U-Net in fp32
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     sampler().save_pretrained(folder / "scheduler")
     write_folder(folder / "tokenizer")
     index = {

@@ -122,8 +122,8 @@ def _size(mask: NDArray[np.uint8]) -> Size:
 def judge(picture: Picture) -> Verdict:
     """Background, and colour, shape, place and size of the one thing on it.
 
-    A shape counts only from an overlap of `_MIN_OVERLAP`, which drawn scenes keep when they pass through the VAE (99 of 100;
-    0.75 would refuse 5), and a colour only if it is not the background's.
+    A shape counts only from an overlap of `_MIN_OVERLAP`, which drawn scenes keep when they pass through the VAE (99 of
+    100; 0.75 would refuse 5), and a colour only if it is not the background's.
     """
     background = nearest_colour(background_rgb(picture))
     mask = foreground(picture)
