@@ -31,6 +31,7 @@ PLANNING = [
     "library.data.report",
     "library.models.inspect",
     "library.models.lora_targets",
+    "library.weights.model_hash",
     "library.training.prepare",
     "library.training.dry_run",
     "train_network",

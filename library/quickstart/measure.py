@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(base, lora))
     if arguments.grid:
         cv2.imwrite(str(arguments.grid), cv2.cvtColor(before_and_after(base, lora), cv2.COLOR_RGB2BGR))
+        print(f"before and after: {arguments.grid}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,7 @@
-"""What a weight file tells about the run that made it: facts of the run, gathered for library.weights.metadata.
-
-The hash of the base model is worked out in the background from the start on, because a file of gigabytes takes seconds.
-"""
+"""What a weight file tells about the run that made it: facts of the run, gathered for library.weights.metadata."""
 
 import base64
 import mimetypes
-import threading
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -17,7 +13,6 @@ from library.data.captions import tag_frequency
 from library.data.plan import Dataset
 from library.options import SubsetSpec
 from library.training.prepare import Prepared
-from library.weights.hashes import legacy_hash, sha256
 from library.weights.metadata import (
     DatasetFacts,
     FileFacts,
@@ -29,6 +24,7 @@ from library.weights.metadata import (
     lora_metadata,
     training_metadata,
 )
+from library.weights.model_hash import BackgroundHash
 
 _TEXTS = (
     *("author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from", "trigger_phrase"),
@@ -39,8 +35,17 @@ _TEXTS = (
 class RunRecord:
     """The metadata of every file that one run writes."""
 
-    def __init__(self, prepared: Prepared, version: str, session_id: int, started_at: float, optimizer: str) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        version: str,
+        base_hash: BackgroundHash,
+        session_id: int,
+        started_at: float,
+        optimizer: str,
+    ) -> None:
         """`version` is the base model's, such as `sd_v1`; times are unix seconds; `optimizer` is its full label."""
+        self._base_hash = base_hash
         self._prepared = prepared
         self._version = version
         plan, options = prepared.plan, prepared.options
@@ -59,17 +64,9 @@ class RunRecord:
         )
         self._texts = {name: options.value(f"metadata_{name}") for name in _TEXTS}
         self._texts["thumbnail"] = _thumbnail(self._texts["thumbnail"])
-        self._hashing = threading.Thread(target=self._hash_base_model, daemon=True)
-        self._hashing.start()
-
-    def _hash_base_model(self) -> None:
-        path = self._prepared.model.path
-        hashed = FileFacts(path.name, legacy_hash(path), sha256(path))
-        self._facts = replace(self._facts, base_model=hashed)
 
     def metadata(self, updates_done: int) -> dict[str, str]:
         """All text of a file saved after `updates_done` updates; the file's own hashes are added when it is written."""
-        self._hashing.join()
         prepared, now = self._prepared, time.time()
         options = prepared.options
         settings = replace(
@@ -92,7 +89,8 @@ class RunRecord:
             clip_skip=options.model.clip_skip,
             texts=self._texts,
         )
-        training = training_metadata(self._facts, settings)
+        hashed = FileFacts(prepared.model.path.name, *self._base_hash.result())
+        training = training_metadata(replace(self._facts, base_model=hashed), settings)
         return lora_metadata(training, progress, spec, no_metadata=options.output.no_metadata)
 
 

@@ -36,6 +36,7 @@ from library.training.steps import Save
 from library.training.tracking import LossAverage, NoTracker, TensorBoard, Tracker
 from library.training.trainable import NetworkTrainable
 from library.weights.check import BadWeightsError, check_file
+from library.weights.model_hash import BackgroundHash
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,7 +50,9 @@ class Identity:
     started_at: float
 
 
-def train(prepared: Prepared, argv: Sequence[str], interrupt: Interrupt, phases: Phases) -> int:
+def train(
+    prepared: Prepared, argv: Sequence[str], base_hash: BackgroundHash, interrupt: Interrupt, phases: Phases
+) -> int:
     """Run to the end. Returns 0, 1 (the loss or the weights are no numbers, or a file can't be written), or 130 or 143
     (told to stop; weights and state are saved).
 
@@ -65,7 +68,7 @@ def train(prepared: Prepared, argv: Sequence[str], interrupt: Interrupt, phases:
         latents = _cache_latents(prepared, model, processes)
     with phases.phase("network"):
         trainable = attach_network(prepared, model, processes.device)
-        loop, saver = _assemble(prepared, model, trainable, latents, processes, interrupt, phases)
+        loop, saver = _assemble(prepared, model, trainable, latents, base_hash, processes, interrupt, phases)
     first = loop.updates_done
     try:
         with phases.phase("steps"):
@@ -146,6 +149,7 @@ def _assemble(
     model: Model,
     trainable: NetworkTrainable,
     latents: LatentStore | None,
+    base_hash: BackgroundHash,
     processes: Processes,
     interrupt: Interrupt,
     phases: Phases,
@@ -169,7 +173,7 @@ def _assemble(
         rank=processes.rank,
         world_size=processes.count,
     )
-    record = RunRecord(prepared, model.base_model_version, identity.session_id, identity.started_at, label)
+    record = RunRecord(prepared, model.base_model_version, base_hash, identity.session_id, identity.started_at, label)
 
     def snapshot(updates_done: int) -> RunState:
         return RunState(

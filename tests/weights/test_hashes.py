@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from library.weights.hashes import IS_A_FOLDER, legacy_hash, lora_hashes, sha256
+from library.weights.hashes import lora_hashes
+from library.weights.model_hash import IS_A_FOLDER, BackgroundHash, legacy_hash, sha256
 
 
 @pytest.mark.parametrize("rows", [1, 3000, 40000])
@@ -46,3 +47,9 @@ def test_a_short_file_has_the_hash_of_nothing_and_a_folder_none(tmp_path: Path) 
     (tmp_path / "short").write_bytes(b"abc")
     assert legacy_hash(tmp_path / "short") == hashlib.sha256(b"").hexdigest()[:8]
     assert legacy_hash(tmp_path) == sha256(tmp_path) == IS_A_FOLDER
+
+
+def test_hashes_in_the_background_are_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(range(256)) * 5000)
+    assert BackgroundHash(path).result() == (legacy_hash(path), sha256(path))

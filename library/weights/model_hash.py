@@ -1,0 +1,58 @@
+"""Hashes by which other programs know a base model. Standard library only: hashing can begin before torch is there."""
+
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+IS_A_FOLDER = "IsADirectory"
+LEGACY_START = 0x100000
+LEGACY_LENGTH = 0x10000
+_CHUNK = 1 << 22
+_sha256_memo: dict[tuple[str, int, int], str] = {}
+
+
+def legacy_hash(path: Path) -> str:
+    """The 8-digit hash of a model file: SHA-256 of the 64 KiB that stand 1 MiB into it. A folder has none."""
+    if path.is_dir():
+        return IS_A_FOLDER
+    with path.open("rb") as file:
+        file.seek(LEGACY_START)
+        return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
+
+
+def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a whole model file, 64 hex digits; a folder has none. `advance` is told of every few MB read.
+
+    A file that has not changed (size, time of change) is read once a process.
+    """
+    if path.is_dir():
+        return IS_A_FOLDER
+    status = path.stat()
+    known = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if known not in _sha256_memo:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                if advance is not None:
+                    advance(len(chunk))
+        _sha256_memo[known] = digest.hexdigest()
+    return _sha256_memo[known]
+
+
+class BackgroundHash:
+    """Both hashes of a model file, worked out by a thread while libraries load, which keep one core busy."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        self._found = legacy_hash(self._path), sha256(self._path)
+
+    def result(self) -> tuple[str, str]:
+        """(legacy hash, SHA-256); waits for them if need be."""
+        self._thread.join()
+        return self._found
