@@ -31,12 +31,10 @@ def _restarts(curve: Curve, step: int) -> float:
 
 @dataclass(frozen=True)
 class ScheduleInfo:
-    """A named schedule: its factor after the warmup, and whether a warmup makes sense for it."""
+    """A named schedule and its factor after the warmup."""
 
     name: str
     factor: Callable[[Curve, int], float]
-    warms_up: bool = True
-    notes: str = ""
 
 
 def _polynomial(curve: Curve, step: int) -> float:
@@ -46,12 +44,12 @@ def _polynomial(curve: Curve, step: int) -> float:
 SCHEDULES = {
     info.name: info
     for info in (
-        ScheduleInfo("constant", lambda curve, step: 1.0, warms_up=False),
+        ScheduleInfo("constant", lambda curve, step: 1.0),
         ScheduleInfo("constant_with_warmup", lambda curve, step: 1.0),
         ScheduleInfo("linear", lambda curve, step: 1.0 - curve.progress(step)),
         ScheduleInfo("cosine", lambda curve, step: max(0.0, 0.5 * (1.0 + cos(pi * curve.progress(step))))),
-        ScheduleInfo("cosine_with_restarts", _restarts, notes="--lr_scheduler_num_cycles"),
-        ScheduleInfo("polynomial", _polynomial, notes="--lr_scheduler_power, lr_end in --lr_scheduler_args"),
+        ScheduleInfo("cosine_with_restarts", _restarts),
+        ScheduleInfo("polynomial", _polynomial),
     )
 }
 
