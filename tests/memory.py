@@ -1,6 +1,8 @@
-"""Runs a program and samples how much memory its processes hold."""
+"""Samples how much memory a program's processes hold, or this one."""
 
+import os
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,3 +59,33 @@ def run_measured(command: list[str], environment: dict[str, str], log: Path, tim
             time.sleep(SAMPLE_SECONDS)
     seconds = time.perf_counter() - start
     return Measured(process.returncode, seconds, anonymous, high_water, log.read_text(errors="replace"))
+
+
+def anonymous() -> int:
+    """What this process holds itself: RssAnon + RssShmem, bytes."""
+    status = _status(os.getpid())
+    return status.get("RssAnon", 0) + status.get("RssShmem", 0)
+
+
+class Peak:
+    """The largest `anonymous` within a `with` block, sampled every 20 ms.
+
+    Attributes:
+        grown: bytes that were held at most beyond those at the block's start.
+    """
+
+    def __enter__(self) -> "Peak":
+        self._start = self._highest = anonymous()
+        self._over = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._sampler.join()
+        self.grown = max(self._highest, anonymous()) - self._start
+
+    def _sample(self) -> None:
+        while not self._over.wait(0.02):
+            self._highest = max(self._highest, anonymous())

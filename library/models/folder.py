@@ -1,45 +1,54 @@
 """Diffusers folders: their configs, which weight file of a part is taken, and what old folders call their tensors.
 
-Torch-free. Weights are taken from `.safetensors` files only: the plain one, a sharded one, or the fp16 variant.
+Torch-free. Which file is taken follows from the names that are there, so that a download fetches the same ones:
+`.safetensors` before pickles; the plain one, then fp16, then bf16, or only the variant that was asked for.
 """
 
 import json
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
-from library.models.headers import Header, read_header
+from library.models.families import SD1, SD2, SDXL, Family, Part
+from library.models.headers import Header
+from library.models.pickles import read_weights
+from library.models.recognise import strange_channels
 
-_STEM = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-_VARIANTS = ("", ".fp16", ".bf16")
+PARTS: tuple[Part, ...] = ("unet", "vae", "text_encoder", "text_encoder_2")
+_DIFFUSERS = (("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model", "bin"))
+_TRANSFORMERS = (("model", "safetensors"), ("pytorch_model", "bin"))
+_VARIANTS = ("", "fp16", "bf16")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+SCHEDULER = "scheduler/scheduler_config.json"
+INDEX = "model_index.json"
+_WHOLE = "download the whole model"
 
 
 def read_configs(path: Path, flag: str) -> dict[str, dict[str, Any]]:
-    """The JSON of a folder by part: `index`, `unet`, `vae`, `text_encoder`, `scheduler`; {} where a part has none.
+    """The JSON of a folder: `index`, `scheduler` and the parts by name; {} where there is none.
 
     Raises:
         UserError: not a diffusers folder, or a JSON file that can't be read.
     """
-    if not (path / "model_index.json").is_file() and not (path / "unet" / "config.json").is_file():
+    if not (path / INDEX).is_file() and not (path / "unet" / "config.json").is_file():
         advice = "give a folder with model_index.json and unet/, or one .safetensors file"
         inside = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".safetensors")
-        if (path.parent / "model_index.json").is_file():
+        if (path.parent / INDEX).is_file():
             advice = f"did you mean {path.parent}?"
         elif inside:
             advice = f"did you mean {path / inside[0]}?"
         raise UserError.single(flag, f"{path} is a folder, but not a diffusers model folder", advice)
-    files = {
-        "index": "model_index.json",
-        "unet": "unet/config.json",
-        "vae": "vae/config.json",
-        "text_encoder": "text_encoder/config.json",
-        "scheduler": "scheduler/scheduler_config.json",
-    }
-    return {part: _json(path / name, flag) for part, name in files.items()}
+    files = {"index": INDEX, "scheduler": SCHEDULER} | {str(part): f"{part}/config.json" for part in PARTS}
+    return {part: read_json(path / name, flag) for part, name in files.items()}
 
 
-def _json(path: Path, flag: str) -> dict[str, Any]:
+def read_json(path: Path, flag: str) -> dict[str, Any]:
+    """A JSON object; {} where there is no such file.
+
+    Raises:
+        UserError: it can't be read.
+    """
     if not path.is_file():
         return {}
     try:
@@ -51,8 +60,8 @@ def _json(path: Path, flag: str) -> dict[str, Any]:
     return values
 
 
-def foreign_kind(configs: dict[str, dict[str, Any]]) -> str | None:
-    """What this folder is, if it is anything but an SD1 base model (`an SDXL model`); else None."""
+def family_or_kind(configs: dict[str, dict[str, Any]]) -> Family | str:
+    """The family of a base model in a folder, with or without VAE and text encoders; else what it is."""
     index, unet, text = configs["index"], configs["unet"], configs["text_encoder"]
     name = str(index.get("_class_name", ""))
     if name.startswith("Flux"):
@@ -61,45 +70,75 @@ def foreign_kind(configs: dict[str, dict[str, Any]]) -> str | None:
         return "a Stable Diffusion 3 model"
     if not unet:
         return f"a diffusers folder without unet/config.json ({name or 'no model_index.json'})"
-    if unet.get("addition_embed_type") == "text_time" or "XL" in name or "text_encoder_2" in index:
-        return "an SDXL refiner" if "text_encoder" in index and not index["text_encoder"][0] else "an SDXL model"
-    channels = unet.get("in_channels", 4)
-    if channels == 9:
-        return "an inpainting model (its U-Net takes 9 channels)"
-    if channels == 8:
-        return "an image-editing model (its U-Net takes 8 channels, as InstructPix2Pix does)"
-    if unet.get("use_linear_projection") or text.get("hidden_act") == "gelu":
-        return "an SD2 model (Stable Diffusion 2.x)"
+    if strange := strange_channels(int(unet.get("in_channels", 4))):
+        return strange
+    if unet.get("addition_embed_type") == "text_time":
+        first = index.get("text_encoder", True)
+        return "an SDXL refiner" if not first or first == [None, None] else SDXL
     if unet.get("class_embed_type") or unet.get("num_class_embeds") or unet.get("addition_embed_type"):
         return "a model of an unknown family (its U-Net takes more than noise, time and text)"
-    if channels != 4:
-        return f"a model of an unknown family (its U-Net takes {channels} channels)"
-    missing = [part for part in ("vae", "text_encoder") if not configs[part]]
-    if missing:
-        return f"a diffusers folder without {' and '.join(f'{part}/config.json' for part in missing)}"
-    return None
+    if "XL" in name or "text_encoder_2" in index:
+        return "a model of an unknown family (two text encoders, but a U-Net for one)"
+    if unet.get("use_linear_projection") or text.get("hidden_act") == "gelu" or unet.get("cross_attention_dim") == 1024:
+        return SD2
+    return SD1
 
 
-def weight_headers(path: Path, part: str, flag: str) -> tuple[Header, ...]:
-    """The checked headers of the files that hold a part's weights.
+def weight_file(names: Collection[str], part: Part, variant: str | None) -> str | None:
+    """Which of the files of a part's folder holds its weights, or the index of those that do; None if none does.
+
+    Args:
+        variant: such as fp16; None takes what there is, the plain one first.
+    """
+    return next((name for name in _candidates(part, variant) if name in names), None)
+
+
+def _candidates(part: Part, variant: str | None) -> Iterator[str]:
+    for stem, ending in _DIFFUSERS if part in ("unet", "vae") else _TRANSFORMERS:
+        for kind in _VARIANTS if variant is None else (variant,):
+            middle = f".{kind}" if kind else ""
+            yield f"{stem}{middle}.{ending}"
+            yield f"{stem}.{ending}.index{middle}.json"
+
+
+def weight_headers(place: Path, part: Part, variant: str | None, flag: str) -> tuple[Header, ...]:
+    """The checked headers of the files in `place` that hold a part's weights.
 
     Raises:
-        UserError: no `.safetensors` there, a shard is missing, or a file is damaged.
+        UserError: no weights there, or not of this variant, a shard is missing, or a file is damaged.
     """
-    place, stem = path / part, _STEM[part]
-    for variant in _VARIANTS:
-        index = place / f"{stem}.safetensors.index{variant}.json"
-        single = place / f"{stem}{variant}.safetensors"
-        if single.is_file():
-            return (read_header(single, f"{flag} {single}"),)
-        if index.is_file():
-            shards = sorted({str(name) for name in _json(index, flag).get("weight_map", {}).values()})
-            return tuple(read_header(place / name, f"{flag} {place / name}") for name in shards)
-    pickles = [*place.glob("*.bin"), *place.glob("*.ckpt")]
-    if pickles:
-        wrong = f"{place} holds its weights as a PyTorch pickle ({pickles[0].name})"
-        raise UserError.single(flag, wrong, "save the model with safe_serialization=True, as .safetensors")
-    raise UserError.single(flag, f"{place} holds no {stem}.safetensors", "download the whole model")
+    names = {entry.name for entry in place.iterdir()} if place.is_dir() else set[str]()
+    chosen = weight_file(names, part, variant)
+    if chosen is None:
+        raise _no_weights(place, part, variant, names, flag)
+    if not chosen.endswith(".json"):
+        return (read_weights(place / chosen, f"{flag} {place / chosen}"),)
+    missing = [name for name in shards(place / chosen, flag) if name not in names]
+    if missing:
+        raise UserError.single(flag, f"{place} lacks {missing[0]}, a piece of its weights", _WHOLE)
+    return tuple(read_weights(place / name, f"{flag} {place / name}") for name in shards(place / chosen, flag))
+
+
+def shards(index: Path, flag: str) -> list[str]:
+    """The files that an index names, all in its own folder.
+
+    Raises:
+        UserError: the index can't be read, or names files elsewhere.
+    """
+    table = read_json(index, flag).get("weight_map")
+    names = sorted(set(map(str, table.values()))) if isinstance(table, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError.single(flag, f"{index} names no files of weights", _WHOLE)
+    return names
+
+
+def _no_weights(place: Path, part: Part, variant: str | None, names: Iterable[str], flag: str) -> UserError:
+    there = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".ckpt", ".msgpack")))
+    if variant is None or not there:
+        wrong = f"{place} holds no {next(_candidates(part, None))}" + (f", only {', '.join(there)}" if there else "")
+        return UserError.single(flag, wrong, _WHOLE)
+    wrong = f"{place} holds no weights of the variant {variant}"
+    return UserError.single("--variant", wrong, f"there is {', '.join(there)}")
 
 
 def target_name(part: str, stored: str) -> str:

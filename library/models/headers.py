@@ -6,9 +6,9 @@ Torch-free, so that a dry run can look at a model. Tensors themselves are read b
 import json
 import math
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from library.errors import UserError
 
@@ -35,12 +35,16 @@ _AGAIN = "download or copy it again"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: safetensors' name of its dtype, shape, and its bytes [start, end) in the file."""
+    """One tensor of a file: safetensors' name of its dtype, shape, and its bytes [start, end) in the file.
+
+    `stride`, in values, is of tensors that pickles hold in another order than row after row.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    stride: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class Header:
         """Does any tensor's name start with one of these?"""
         return any(name.startswith(prefixes) for name in self.entries)
 
+    def first(self, *names: str) -> tuple[int, ...]:
+        """The shape of the first of these tensors that is there; () where none is."""
+        return next((self.entries[name].shape for name in names if name in self.entries), ())
+
 
 def read_header(path: Path, where: str | None = None) -> Header:
     """Read and check a header; nothing behind it is read.
@@ -74,27 +82,28 @@ def read_header(path: Path, where: str | None = None) -> Header:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
+            start = file.read(9)
             if len(start) < 8:
                 raise UserError.single(place, f"the file holds only {size} bytes, it is empty or truncated", _AGAIN)
-            (length,) = struct.unpack("<Q", start)
+            (length,) = struct.unpack_from("<Q", start)
             if length > min(_MAX_HEADER, size - 8):
                 raise UserError.single(place, _not_safetensors(start, length, size), _AGAIN)
+            file.seek(8)
             raw = file.read(length)
     except OSError as error:
         raise UserError.single(place, f"can't be read ({error.strerror})") from error
     try:
-        table = json.loads(raw)
+        table = json.loads(raw, object_pairs_hook=_each_once)
         entries = {name: _entry(values, 8 + length) for name, values in table.items() if name != "__metadata__"}
         metadata = {str(key): str(value) for key, value in (table.get("__metadata__") or {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError.single(place, "is not a safetensors file, or its header is damaged", _AGAIN) from error
-    _check_size(entries.values(), 8 + length, size, place)
+    _check_places(entries, 8 + length, size, place)
     return Header(path, entries, metadata)
 
 
 def _not_safetensors(start: bytes, length: int, size: int) -> str:
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{":
         return "is a PyTorch pickle with the wrong ending, not a safetensors file"
     if start.startswith((b"version ", b"<!", b"<html")):
         return "is a text file (a git-lfs pointer or a web page), not a safetensors file"
@@ -103,20 +112,33 @@ def _not_safetensors(start: bytes, length: int, size: int) -> str:
     return "is not a safetensors file"
 
 
-def _entry(values: dict[str, object], data_start: int) -> Entry:
-    dtype, shape, offsets = values["dtype"], values["shape"], values["data_offsets"]
-    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)):
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys all differ."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _entry(values: dict[str, Any], data_start: int) -> Entry:
+    dtype, shape, (begin, end) = values["dtype"], tuple(values["shape"]), values["data_offsets"]
+    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise TypeError("wrong type")
-    begin, end = (int(offset) for offset in offsets)
-    sizes = tuple(int(length) for length in shape)
-    if begin < 0 or end < begin or (dtype in BYTES_OF and end - begin != BYTES_OF[dtype] * math.prod(sizes)):
+    if end < begin or (dtype in BYTES_OF and end - begin != BYTES_OF[dtype] * math.prod(shape)):
         raise ValueError("offsets don't fit the shape")
-    return Entry(dtype, sizes, data_start + begin, data_start + end)
+    return Entry(dtype, shape, data_start + begin, data_start + end)
 
 
-def _check_size(entries: Iterable[Entry], data_start: int, size: int, place: str) -> None:
-    end = max((entry.end for entry in entries), default=data_start)
+def _check_places(entries: dict[str, Entry], data_start: int, size: int, place: str) -> None:
+    """The tensors follow each other without overlaps and gaps, from the header to the file's end."""
+    end = max((entry.end for entry in entries.values()), default=data_start)
     if size < end:
         raise UserError.single(place, f"is truncated: {size:,} bytes of {end:,} are there", _AGAIN)
     if size > end:
         raise UserError.single(place, f"is damaged: {size:,} bytes where its header tells of {end:,}", _AGAIN)
+    last = data_start
+    for name, entry in sorted(entries.items(), key=lambda pair: (pair[1].start, pair[1].end)):
+        if entry.start != last:
+            what = "overlaps another tensor" if entry.start < last else "stands behind a gap"
+            raise UserError.single(place, f"is damaged: by its header, the tensor {name} {what}", _AGAIN)
+        last = entry.end

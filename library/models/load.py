@@ -1,13 +1,19 @@
-"""Loading: a `ModelInfo` in, a `Model` out."""
-
-from collections.abc import Collection
+"""Loading: a `ModelInfo` in, a `Model` of its family out."""
 
 import torch
 
+from library.console import say
 from library.errors import UserError
-from library.models.inspect import ModelInfo
-from library.models.parts import PARTS, Part, load_part
-from library.models.sd1 import Model
+from library.models import probe
+from library.models.families import FamilyName
+from library.models.info import ModelInfo
+from library.models.model import Model
+from library.models.parts import load_part
+from library.models.sd1 import SD1
+from library.models.sd2 import SD2
+from library.models.sdxl import SDXL
+
+_CLASSES: dict[FamilyName, type[Model]] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 
 
 def load(
@@ -18,37 +24,41 @@ def load(
     vae_dtype: torch.dtype = torch.float32,
     clip_skip: int | None = None,
     max_token_length: int | None = None,
-    prediction_type: str | None = None,
-    parts: Collection[Part] = PARTS,
+    weighted: bool = False,
+    with_vae: bool = True,
 ) -> Model:
-    """Read a model's weights into frozen modules.
+    """Read a model's weights into frozen modules. A prediction type that nobody told is probed, and said in one line.
 
     Args:
-        dtype: of U-Net and text encoder.
-        clip_skip: which text layer from the end conditions, None or 1 the last one.
+        dtype: of U-Net and text encoders.
+        clip_skip: which text layer from the end conditions; None is what the family does by default.
         max_token_length: 75 (None), 150 or 225 words of a caption.
-        prediction_type: what a flag says; None takes what the model says.
-        parts: without "vae", the VAE is read when it is first needed.
+        weighted: brackets in captions weigh words.
+        with_vae: without it, the VAE is read when it is first needed.
 
     Raises:
-        UserError: a flag contradicts the model, or its weights don't fit its configs.
+        UserError: a flag that the model can't follow, weights that don't fit its configs, or that are no numbers.
     """
-    layers = int(info.text_encoder_config.get("num_hidden_layers", 12))
+    layers = min(int(config.get("num_hidden_layers", 12)) for config in info.text_encoder_configs)
     if clip_skip is not None and not 1 <= clip_skip <= layers:
         raise UserError.single("--clip_skip", f"{clip_skip} is not within 1 and {layers}, the text encoder's layers")
-    if info.prediction_known and prediction_type not in (None, info.prediction_type):
-        wrong = f"{info.path} says that it predicts {info.prediction_type}, not {prediction_type}"
-        raise UserError.single("--v_parameterization", wrong, "leave the flag out")
     place = torch.device(device)
-    return Model(
+    model = _CLASSES[info.family_name](
         info,
         unet=load_part(info, "unet", device=place, dtype=dtype),
-        text_encoder=load_part(info, "text_encoder", device=place, dtype=dtype),
-        vae=load_part(info, "vae", device=place, dtype=vae_dtype) if "vae" in parts else None,
+        text_encoders=tuple(
+            load_part(info, encoder.part, device=place, dtype=dtype) for encoder in info.family.text_encoders
+        ),
+        vae=load_part(info, "vae", device=place, dtype=vae_dtype) if with_vae else None,
         device=place,
         dtype=dtype,
         vae_dtype=vae_dtype,
         clip_skip=clip_skip,
         max_token_length=max_token_length,
-        prediction_type=prediction_type or info.prediction_type,
+        weighted=weighted,
     )
+    if info.prediction_type is None:
+        value = probe.measure(model)
+        model.prediction_type = probe.prediction_type(value)
+        say(probe.line(value))
+    return model

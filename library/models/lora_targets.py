@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from library.models.families import diffusers_key
+
 Part = Literal["unet", "text_encoder"]
 Kernel = Literal["linear", "1x1", "3x3"]
 Shape = tuple[int, ...]
@@ -38,11 +40,6 @@ class LoraTarget:
         size = {"linear": (), "1x1": (1, 1), "3x3": (3, 3)}[self.kernel]
         ones = tuple(1 for _ in size)
         return (rank, self.in_features, *size), (self.out_features, rank, *ones)
-
-
-def diffusers_key(path: str) -> str:
-    """The U-Net spelling of SD1 and SD2 files: the diffusers path itself."""
-    return path.replace(".", "_")
 
 
 def targets(

@@ -2,10 +2,11 @@
 
 Not a diffusers pipeline object: those cost seconds of imports and assume one dtype. This one computes in float32
 around `Model.predict` and encodes prompts as training does (clip skip, rows); its call has the same argument names.
+Where the U-Net takes sizes, it is told that the picture was made at the size that is drawn, and not cropped.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from library.conditioning import Conditioning
+
 if TYPE_CHECKING:
-    from library.models.sd1 import Model
+    from library.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class PreviewPipeline:
     The U-Net and text encoder stay in the mode (train or eval) that the caller left them in.
     """
 
-    def __init__(self, model: "Model", scheduler: Any) -> None:
-        self.model, self.scheduler = model, scheduler
+    def __init__(self, model: "Model", scheduler: Any, encode: Callable[[Sequence[str]], Conditioning]) -> None:
+        self.model, self.scheduler, self.encode = model, scheduler, encode
 
     @torch.no_grad()
     def __call__(
@@ -66,15 +69,14 @@ class PreviewPipeline:
             shape = (len(prompts), channels, height // model.vae_factor, width // model.vae_factor)
             latents = torch.randn(shape, generator=generator)
         guided = guidance_scale > 1
-        states = model.encode_prompts([*prompts, *[negative_prompt or ""] * len(prompts) * guided])
-        return PreviewOutput(
-            self._pictures(self._sample(latents, states, num_inference_steps, guidance_scale, generator))
-        )
+        text = self.encode([*prompts, *[negative_prompt or ""] * len(prompts) * guided])
+        drawn = self._sample(latents, text, num_inference_steps, guidance_scale, generator)
+        return PreviewOutput(self._pictures(drawn))
 
     def _sample(
         self,
         noise: torch.Tensor,
-        states: torch.Tensor,
+        text: Conditioning,
         steps: int,
         scale: float,
         generator: torch.Generator | None,
@@ -82,13 +84,13 @@ class PreviewPipeline:
         scheduler = self.scheduler
         scheduler.set_timesteps(steps, device=self.model.device)
         latents = noise.to(self.model.device, torch.float32) * scheduler.init_noise_sigma
-        repeats = len(states) // len(latents)
+        repeats = len(text) // len(latents)
         accepted = inspect.signature(scheduler.step).parameters
         extra = {"generator": generator} if "generator" in accepted else {}
         for timestep in scheduler.timesteps:
             inputs = scheduler.scale_model_input(torch.cat([latents] * repeats), timestep)
             times = timestep.reshape(1).expand(len(inputs))
-            predicted = self.model.predict(inputs, times, states)
+            predicted = self.model.predict(inputs, times, text)
             if repeats == 2:
                 wanted, unwanted = predicted.chunk(2)
                 predicted = unwanted + scale * (wanted - unwanted)

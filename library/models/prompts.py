@@ -1,53 +1,125 @@
-"""Captions -> rows of 77 tokens -> text states, in rows of 75 words side by side. Plain captions, without weights."""
+"""Captions -> rows of 77 tokens -> text states, in rows of 75 words side by side."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from library.models.weighted import fragments
 from library.tokenizer import END_ID, START_ID, clip_tokenizer
 
 ROW = 77
 WORDS = ROW - 2
 
 
-def token_rows(captions: Sequence[str], max_words: int = WORDS) -> torch.Tensor:
-    """Token ids, (b, n, 77) int64, of CLIP ViT-L (padding is the end token).
+def token_rows(captions: Sequence[str], max_words: int = WORDS, pad_id: int = END_ID) -> Tensor:
+    """Token ids, (b, n, 77) int64.
 
     A caption is start, at most `max_words` tokens, end, padding. Longer than one row, it is cut into n rows, each with
-    a start token of its own and, last, the last token of the whole.
+    a start token of its own and, last, the last token of the whole. Where padding is not the end token, a row that is
+    full or empty gets an end token of its own.
 
     Args:
         max_words: 75, 150 or 225.
+        pad_id: what fills a caption up, of the family's text encoder.
     """
+    encoded = clip_tokenizer().encode_batch(list(captions), add_special_tokens=False)
+    return torch.tensor([_rows(one.ids, _count(max_words), pad_id) for one in encoded], dtype=torch.int64)
+
+
+def weighted_rows(captions: Sequence[str], max_words: int = WORDS, pad_id: int = END_ID) -> tuple[Tensor, Tensor]:
+    """Token rows of captions with weights in brackets, and each token's weight, (b, n, 77) float32.
+
+    Fragments of one weight are tokenized apart from each other. Start, end and padding weigh 1.
+    """
+    count = _count(max_words)
+    rows, weights = [], []
+    for caption in captions:
+        parts = [(text, weight) for text, weight in fragments(caption) if text]
+        encoded = clip_tokenizer().encode_batch([text for text, _ in parts], add_special_tokens=False)
+        tokens = [(token, weight) for one, (_, weight) in zip(encoded, parts, strict=True) for token in one.ids][
+            :max_words
+        ]
+        rows.append(_rows([token for token, _ in tokens], count, pad_id))
+        flat = [weight for _, weight in tokens] + [1.0] * (max_words - len(tokens))
+        weights.append([[1.0, *flat[start : start + WORDS], 1.0] for start in range(0, max_words, WORDS)])
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(weights, dtype=torch.float32)
+
+
+def _count(max_words: int) -> int:
+    """Rows of captions of at most so many words."""
     if max_words % WORDS or max_words < WORDS:
         raise ValueError(f"max_words must be a multiple of {WORDS}, not {max_words}")
-    encoded = clip_tokenizer().encode_batch(list(captions), add_special_tokens=False)
-    return torch.tensor([_rows(one.ids[:max_words], max_words) for one in encoded], dtype=torch.int64)
+    return max_words // WORDS
 
 
-def _rows(ids: list[int], max_words: int) -> list[list[int]]:
-    padded = ids + [END_ID] * (max_words - len(ids))
-    return [[START_ID, *padded[start : start + WORDS], END_ID] for start in range(0, max_words, WORDS)]
+def _rows(words: list[int], count: int, pad_id: int) -> list[list[int]]:
+    length = count * WORDS
+    whole = [START_ID, *words[:length], END_ID]
+    whole += [pad_id] * (length + 2 - len(whole))
+    rows = [[START_ID, *whole[1 + start : 1 + start + WORDS], whole[-1]] for start in range(0, length, WORDS)]
+    if count > 1 and pad_id != END_ID:
+        for row in rows:
+            if row[-2] not in (END_ID, pad_id):
+                row[-1] = END_ID
+            if row[1] == pad_id:
+                row[1] = END_ID
+    return rows
 
 
-def inner(text_encoder: torch.nn.Module) -> torch.nn.Module:
+def inner(text_encoder: torch.nn.Module) -> Any:
     """The CLIP text transformer itself: `CLIPTextModel` has a level `text_model` only before transformers 5.6."""
-    found: torch.nn.Module = getattr(text_encoder, "text_model", text_encoder)
-    return found
+    return getattr(text_encoder, "text_model", text_encoder)
 
 
-def encode_rows(text_encoder: torch.nn.Module, rows: torch.Tensor, clip_skip: int | None) -> torch.Tensor:
-    """Text states (b, n * 75 + 2, d) of token rows (b, n, 77), in the encoder's dtype; differentiable.
+@dataclass(frozen=True)
+class TextStates:
+    """What an encoder makes of token rows.
+
+    Attributes:
+        states: (b, n * 75 + 2, d), the wanted layer.
+        last: (b, 77, d), the last layer's of each caption's first row, normed.
+    """
+
+    states: Tensor
+    last: Tensor
+
+
+def encode_rows(
+    text_encoder: torch.nn.Module, rows: Tensor, layer: int, *, norm: bool, weights: Tensor | None = None
+) -> TextStates:
+    """Text states of token rows (b, n, 77) on the encoder's device, in its dtype; differentiable.
 
     Args:
-        clip_skip: which layer from the end gives the states, 1 the last one; the final norm is applied to any.
+        layer: which layer from the end gives the states, 1 the last one.
+        norm: apply the final norm to that layer.
+        weights: (b, n, 77), what each token's states are multiplied by.
     """
     batch, count, length = rows.shape
-    layer = clip_skip or 1
-    output = text_encoder(rows.reshape(batch * count, length), output_hidden_states=layer > 1)
-    states = inner(text_encoder).final_layer_norm(output.hidden_states[-layer]) if layer > 1 else output[0]
-    if count == 1:
-        return states
-    states = states.reshape(batch, count, length, -1)
-    words = states[:, :, 1:-1].flatten(1, 2)
-    return torch.cat([states[:, 0, :1], words, states[:, -1, -1:]], dim=1)
+    encoder = inner(text_encoder)
+    deeper = layer > 1 or not norm
+    output = encoder(rows.reshape(batch * count, length), output_hidden_states=deeper)
+    last = output.last_hidden_state
+    states = last
+    if deeper:
+        states = output.hidden_states[-layer]
+        states = encoder.final_layer_norm(states) if norm else states
+    states = _side_by_side(states.reshape(batch, count, length, -1))
+    if weights is not None:
+        states = states * _side_by_side(weights[..., None]).to(states)
+    return TextStates(states, last.reshape(batch, count, length, -1)[:, 0])
+
+
+def _side_by_side(rows: Tensor) -> Tensor:
+    """(b, n, 77, d) -> (b, n * 75 + 2, d): the first row's start, the words of all rows, the last row's end."""
+    if rows.shape[1] == 1:
+        return rows[:, 0]
+    return torch.cat([rows[:, 0, :1], rows[:, :, 1:-1].flatten(1, 2), rows[:, -1, -1:]], dim=1)
+
+
+def at_end(last: Tensor, rows: Tensor) -> Tensor:
+    """The states (b, d) at the first end token of each caption's first row, out of (b, 77, d)."""
+    position = (rows[:, 0] == END_ID).int().argmax(dim=-1)
+    return last[torch.arange(len(last), device=last.device), position]

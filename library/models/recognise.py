@@ -1,14 +1,16 @@
-"""What a `.safetensors` file is, told from the names and shapes of its tensors; torch-free.
+"""What a weight file is, told from the names and shapes of its tensors; torch-free.
 
-Only what is positively recognised as a base model of the SD1 architecture passes; everything else is named as well as
-the names allow, so that an error can say "this is a LoRA" and not "key not found".
+Names come first, shapes second. Only what is positively recognised as a base model of a known family passes; everything
+else is named as well as the names allow, so that an error can say "this is a LoRA" and not "key not found".
 """
 
+from library.models.families import FAMILIES, SD1, SD2, SDXL, Family
 from library.models.headers import Header
 
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
-SUPPORTED = "this version trains on base models of the SD1 architecture (Stable Diffusion 1.x) only"
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+SUPPORTED = f"base models of {', '.join(family.title for family in FAMILIES.values())} can be trained on"
 
+_FIRST = f"{UNET}input_blocks.0.0.weight"
 _ADAPTER_ENDS = (
     ".lora_down.weight",
     ".lora_up.weight",
@@ -25,82 +27,110 @@ _ADAPTER_ENDS = (
 )
 
 
-def foreign_kind(header: Header) -> str | None:
-    """What this file is, if it is anything but an SD1 base model in the original layout (`a LoRA`); else None."""
+def family_or_kind(header: Header) -> Family | str:
+    """The family of a base model in the original layout, with or without VAE and text encoder; else what it is
+    (`a LoRA, not a base model`)."""
+    return _adapter(header) or (_without_unet(header) if not header.any(UNET) else _with_unet(header))
+
+
+def kind_of_other(header: Header) -> str:
+    """What a file is that was to hold a VAE and holds none."""
+    known = _adapter(header)
+    if known:
+        return known
+    if header.any(UNET):
+        return "a base model without a VAE"
+    return _without_unet(header)
+
+
+def _adapter(header: Header) -> str | None:
     if not header.entries:
         return "an empty file: it holds no tensors"
     if header.any("lora_unet_", "lora_te", "lycoris_") or any(n.endswith(_ADAPTER_ENDS) for n in header.entries):
         return "a LoRA (or another adapter), not a base model; --network_weights takes those"
     if header.any("control_model.", "controlnet_cond_embedding.", "input_hint_block.", "controlnet_blocks."):
         return "a ControlNet, not a base model"
-    if not header.any(UNET):
-        return _without_unet(header)
-    return _other_family(header) or _incomplete(header)
+    return None
 
 
 def _without_unet(header: Header) -> str:
     names = header.entries
-    if len(names) <= 4 and ("emb_params" in names or header.any("string_to_", "clip_l", "clip_g", "<")):
+    if header.any("string_to_") or (len(names) <= 4 and ("emb_params" in names or header.any("clip_l", "clip_g", "<"))):
         return "an embedding (Textual Inversion), not a base model"
-    if header.any("double_blocks.", "transformer_blocks.0.attn.norm_added"):
+    if header.any("double_blocks.", "single_transformer_blocks."):
         return "a Flux model"
-    if header.any("joint_blocks."):
+    if header.any("joint_blocks.", "transformer_blocks.0.norm1_context."):
         return "a Stable Diffusion 3 model"
     if header.any("down_blocks.", "conv_in.") and header.any("mid_block.", "up_blocks."):
         return "only the U-Net of a diffusers folder; give the folder that holds model_index.json"
     if header.any(VAE, "encoder.down.", "encoder.down_blocks.", "decoder.up."):
         return "a VAE alone, not a base model"
-    if header.any("text_model.", "encoder.layers.", "cond_stage_model.", "conditioner."):
+    if header.any("text_model.", "encoder.layers.", "cond_stage_model.", "conditioner.", "transformer.resblocks."):
         return "a text encoder alone, not a base model"
     if header.any("input_blocks."):
         return "only a U-Net, without VAE and text encoder"
     return f"no base model that is known here (its first tensor is {next(iter(names))})"
 
 
-def _other_family(header: Header) -> str | None:
-    first = header.shape(UNET + "input_blocks.0.0.weight")
-    context = context_width(header)
+def _with_unet(header: Header) -> Family | str:
+    first = header.shape(_FIRST)
     if header.any(UNET + "double_blocks."):
         return "a Flux model"
     if header.any(UNET + "joint_blocks."):
         return "a Stable Diffusion 3 model"
-    if header.any(UNET + "down_blocks.") and header.any("text_encoder."):
+    if header.any(UNET + "down_blocks."):
         return "a model in another layout than the original one"
-    if not first:
+    if len(first) != 4:
         return "a model of an unknown family"
-    if header.any("conditioner.embedders.1.") or context == 2048:
-        return "an SDXL model"
-    if header.any("conditioner.") or context == 1280:
-        return "an SDXL refiner"
-    if header.any(UNET + "label_emb."):
-        return "a model of an unknown family (its U-Net takes class labels)"
-    if header.any("cond_stage_model.model.") or context == 1024:
-        return "an SD2 model (Stable Diffusion 2.x)"
-    if len(first) == 4 and first[1] == 9:
-        return "an inpainting model (its U-Net takes 9 channels)"
-    if len(first) == 4 and first[1] == 8:
-        return "an image-editing model (its U-Net takes 8 channels, as InstructPix2Pix does)"
-    if first[1:2] != (4,):
-        return f"a model of an unknown family (its U-Net takes {first[1]} channels)"
-    proj = header.shape(UNET + "input_blocks.1.1.proj_in.weight")
-    if len(proj) == 2:
-        return "an SD2 model (its U-Net has linear projections)"
-    return None
-
-
-def _incomplete(header: Header) -> str | None:
-    parts = {
-        "VAE": header.shape(VAE + "encoder.down.0.block.0.conv1.weight"),
-        "text encoder": header.any("cond_stage_model."),
-    }
-    missing = [part for part, found in parts.items() if not found]
-    if missing:
-        return f"a U-Net without {' and '.join(missing)}; a base model holds U-Net, VAE and text encoder"
-    if len(header.shape(text_key(header, "embeddings.token_embedding.weight"))) != 2:
-        return "a base model with a text encoder of another kind"
-    if not header.shape(UNET + "input_blocks.1.0.out_layers.3.weight"):
+    family = _family(header)
+    if isinstance(family, str):
+        return family
+    if strange := strange_channels(first[1]):
+        return strange
+    if not header.shape(UNET + "input_blocks.1.0.out_layers.3.weight") or not context_width(header):
         return "a base model with a U-Net of another kind"
-    return None
+    return family
+
+
+def strange_channels(channels: int) -> str | None:
+    """What a U-Net is that takes this many channels; None for the four of latents."""
+    kinds = {
+        9: "an inpainting model (its U-Net takes 9 channels)",
+        8: "an image-editing model (its U-Net takes 8 channels, as InstructPix2Pix does)",
+        7: "an upscaler (its U-Net takes 7 channels)",
+        5: "a depth model (its U-Net takes 5 channels)",
+    }
+    if channels == 4:
+        return None
+    return kinds.get(channels, f"a model of an unknown family (its U-Net takes {channels} channels)")
+
+
+def _family(header: Header) -> Family | str:
+    """By the text encoders' names; by the U-Net where the file holds none."""
+    if "edm_mean" in header.entries:
+        return "a Playground v2.5 model, which predicts neither noise nor velocity"
+    if header.any("conditioner.embedders.1.", "conditioner.embedders.0.transformer."):
+        return _fitting(header, SDXL, labels=True)
+    if header.any("conditioner."):
+        return "an SDXL refiner"
+    if header.any("cond_stage_model.model."):
+        return _fitting(header, SD2)
+    if header.any("cond_stage_model.transformer."):
+        return _fitting(header, SD1)
+    if header.any("cond_stage_model."):
+        return "a base model with a text encoder of another kind"
+    if header.any(UNET + "label_emb."):
+        levels_of_three = not header.any(UNET + "input_blocks.9.")
+        return SDXL if levels_of_three else "an SDXL refiner"
+    linear = len(header.shape(f"{UNET}input_blocks.1.1.proj_in.weight")) == 2
+    return SD2 if linear or context_width(header) == 1024 else SD1
+
+
+def _fitting(header: Header, family: Family, *, labels: bool = False) -> Family | str:
+    """The family, if its U-Net has the inputs that it should have: only SDXL's takes more than noise, time and text."""
+    if header.any(UNET + "label_emb.") == labels:
+        return family
+    return f"a model of an unknown family (like {family.title}, but its U-Net takes other inputs)"
 
 
 def context_width(header: Header) -> int:
@@ -109,9 +139,3 @@ def context_width(header: Header) -> int:
         if name.startswith(UNET) and name.endswith(".attn2.to_k.weight") and len(entry.shape) == 2:
             return entry.shape[1]
     return 0
-
-
-def text_key(header: Header, name: str) -> str:
-    """A text encoder's tensor as this file calls it, with or without `text_model.`."""
-    full = f"{TEXT}text_model.{name}"
-    return full if full in header.entries else TEXT + name

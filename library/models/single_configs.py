@@ -1,40 +1,60 @@
 """The configs of a single file: the packaged ones of its family, with the sizes that its tensors have; torch-free."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from library.errors import UserError
+from library.models.families import Family, TextEncoder
 from library.models.headers import Header
-from library.models.recognise import UNET, VAE, context_width, text_key
+from library.models.recognise import UNET, context_width
 
 _PACKAGED = Path(__file__).parent / "configs"
 _CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 _CROSS_UP, _UP = "CrossAttnUpBlock2D", "UpBlock2D"
 _HEAD_WIDTH = 64
+SIZES = 6
+_VAE_NAMES = {
+    True: ("encoder.down.{}.block.{}.conv1.weight", "decoder.conv_in.weight"),
+    False: ("encoder.down_blocks.{}.resnets.{}.conv1.weight", "decoder.conv_in.weight"),
+}
 
 
 def packaged(family: str, part: str) -> dict[str, Any]:
-    """A packaged config: part is `unet`, `vae`, `text_encoder` or `scheduler`."""
+    """A packaged config: part is `unet`, `vae`, `text_encoder`, `text_encoder_2` or `scheduler`."""
     config: dict[str, Any] = json.loads((_PACKAGED / family / f"{part}.json").read_text(encoding="utf-8"))
     return config
 
 
-def unet_config(header: Header) -> dict[str, Any]:
-    """Widths, levels, layers per level and attention as the file has them; heads and norm groups as in SD1."""
+def unet_config(header: Header, family: Family, projection: int, where: str) -> dict[str, Any]:
+    """Widths, levels, layers per level and attention as the file has them; norm groups by the widths.
+
+    Args:
+        projection: the width of the pooled text that the U-Net takes beside the sizes; of no use to families without.
+
+    Raises:
+        UserError: a U-Net with levels that diffusers' config can't tell, as pruned models have.
+    """
     levels: list[list[int]] = [[]]
-    attends: list[bool] = []
+    depths: list[list[int]] = [[]]
     block = 1
-    while header.any(f"{UNET}input_blocks.{block}."):
-        if header.shape(f"{UNET}input_blocks.{block}.0.op.weight"):
+    stem = f"{UNET}input_blocks."
+    counts = _depths(header)
+    while f"{stem}{block}.0.op.weight" in header.entries or f"{stem}{block}.0.out_layers.3.weight" in header.entries:
+        if f"{stem}{block}.0.op.weight" in header.entries:
             levels.append([])
+            depths.append([])
         else:
-            if not levels[-1]:
-                attends.append(bool(header.shape(f"{UNET}input_blocks.{block}.1.proj_in.weight")))
-            levels[-1].append((header.shape(f"{UNET}input_blocks.{block}.0.out_layers.3.weight") or (0,))[0])
+            levels[-1].append(header.shape(f"{stem}{block}.0.out_layers.3.weight")[0])
+            depths[-1].append(counts.get(f"input_blocks.{block}", 0))
         block += 1
-    config = packaged("sd1", "unet")
-    return config | {
-        "block_out_channels": [widths[0] for widths in levels if widths],
+    attends = [bool(level and level[0]) for level in depths]
+    widths = [level[0] for level in levels if level]
+    config = packaged(family.name, "unet")
+    config |= {
+        "block_out_channels": widths,
+        "norm_num_groups": _groups(widths),
         "layers_per_block": len(levels[0]),
         "cross_attention_dim": context_width(header),
         "in_channels": header.shape(f"{UNET}input_blocks.0.0.weight")[1],
@@ -42,55 +62,101 @@ def unet_config(header: Header) -> dict[str, Any]:
         "down_block_types": [_CROSS_DOWN if has else _DOWN for has in attends],
         "up_block_types": [_CROSS_UP if has else _UP for has in reversed(attends)],
     }
+    if isinstance(config["attention_head_dim"], list):
+        config["attention_head_dim"] = [max(1, width // _HEAD_WIDTH) for width in widths]
+    deep = [level[0] or 1 if level else 1 for level in depths]
+    even = all(len(set(level)) == 1 for level in depths) and counts.get("middle_block", 0) == deep[-1]
+    if not even or (set(deep) != {1} and "transformer_layers_per_block" not in config):
+        wrong = f"a U-Net like {family.title}'s, but with other attention layers, as pruned models have"
+        raise UserError.single(where, wrong, "take the whole model")
+    if "transformer_layers_per_block" in config:
+        config["transformer_layers_per_block"] = deep
+    if config.get("addition_embed_type"):
+        inputs = (header.shape(f"{UNET}label_emb.0.0.weight") or (0, 0))[1]
+        config["projection_class_embeddings_input_dim"] = inputs
+        config["addition_time_embed_dim"] = (inputs - projection) // SIZES
+    return config
 
 
-def vae_config(header: Header) -> dict[str, Any]:
-    """Widths, levels and latent channels as the file has them."""
+def _groups(widths: Sequence[int]) -> int:
+    """Groups of the group norms, which no tensor tells: 32, as in every published model, of at least 4 channels."""
+    return max(1, min(32, min(widths, default=0) // 4))
+
+
+def _depths(header: Header) -> dict[str, int]:
+    """How many transformer layers each block has: `input_blocks.4` -> 2; blocks without attention aren't there."""
+    found: dict[str, int] = {}
+    for name in header.entries:
+        if name.startswith(UNET) and name.endswith(".attn1.to_q.weight"):
+            block, _, rest = name.removeprefix(UNET).partition(".1.transformer_blocks.")
+            found[block] = max(found.get(block, 0), int(rest.split(".")[0]) + 1)
+    return found
+
+
+def vae_config(header: Header, family: Family, prefix: str, original: bool) -> dict[str, Any]:
+    """Widths, levels and latent channels as the file has them, `original`'s or diffusers' names behind `prefix`."""
+    conv, inner = _VAE_NAMES[original]
     widths: list[int] = []
-    while shape := header.shape(f"{VAE}encoder.down.{len(widths)}.block.0.conv1.weight"):
+    while shape := header.shape(prefix + conv.format(len(widths), 0)):
         widths.append(shape[0])
     layers = 0
-    while header.shape(f"{VAE}encoder.down.0.block.{layers}.conv1.weight"):
+    while header.shape(prefix + conv.format(0, layers)):
         layers += 1
-    config = packaged("sd1", "vae")
+    config = packaged(family.name, "vae")
     return config | {
         "block_out_channels": widths,
+        "norm_num_groups": _groups(widths),
         "layers_per_block": layers,
-        "latent_channels": (header.shape(f"{VAE}decoder.conv_in.weight") or (0, config["latent_channels"]))[1],
+        "latent_channels": (header.shape(prefix + inner) or (0, config["latent_channels"]))[1],
         "down_block_types": config["down_block_types"][:1] * len(widths),
         "up_block_types": config["up_block_types"][:1] * len(widths),
+        "scaling_factor": family.latent_scale,
     }
 
 
-def text_encoder_config(header: Header) -> dict[str, Any]:
-    """Width, depth and vocabulary as the file has them; heads of 64, as every CLIP has them."""
-    vocabulary, width = header.shape(text_key(header, "embeddings.token_embedding.weight"))
-    layers = 0
-    while header.shape(text_key(header, f"encoder.layers.{layers}.mlp.fc1.weight")):
-        layers += 1
-    inner = header.shape(text_key(header, "encoder.layers.0.mlp.fc1.weight")) or (4 * width,)
-    config = packaged("sd1", "text_encoder")
+def holds_text_encoder(header: Header, encoder: TextEncoder) -> bool:
+    """Is this text encoder in the file?"""
+    return bool(_tokens(header, encoder))
+
+
+def text_encoder_config(header: Header, family: Family, encoder: TextEncoder) -> dict[str, Any]:
+    """Width, depth, vocabulary and projection as the file has them; heads of 64, as every CLIP has them.
+
+    An OpenCLIP encoder without pooled output is read up to its last but one layer, which is what its U-Net knows.
+    """
+    vocabulary, width = _tokens(header, encoder)
+    prefix = encoder.prefix if encoder.open_clip else _clip_prefix(header, encoder)
+    layer = "transformer.resblocks.{}.mlp.c_fc.weight" if encoder.open_clip else "encoder.layers.{}.mlp.fc1.weight"
+    inner = (header.shape(prefix + layer.format(0)) or (4 * width,))[0]
+    count = 0
+    while header.shape(prefix + layer.format(count)):
+        count += 1
+    config = packaged(family.name, encoder.part)
+    if encoder.open_clip and not encoder.projects:
+        known = config["num_hidden_layers"] if width == config["hidden_size"] else count - 1
+        count = min(count, known)
+    turned = header.shape(f"{encoder.prefix}text_projection")
+    straight = header.first(f"{encoder.prefix}text_projection.weight")
     return config | {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "projection_dim": width,
-        "num_hidden_layers": layers,
-        "intermediate_size": inner[0],
+        "projection_dim": turned[1] if len(turned) == 2 else (straight or (width,))[0],
+        "num_hidden_layers": count,
+        "intermediate_size": inner,
         "num_attention_heads": max(1, width // _HEAD_WIDTH),
     }
 
 
-def scheduler_config(header: Header) -> tuple[dict[str, Any], bool]:
-    """The noise schedule, and whether the file itself tells its prediction type.
+def _tokens(header: Header, encoder: TextEncoder) -> tuple[int, ...]:
+    """The shape of its token embedding, (vocabulary, width); () where there is none."""
+    if encoder.open_clip:
+        found = header.shape(f"{encoder.prefix}token_embedding.weight")
+    else:
+        found = header.shape(f"{_clip_prefix(header, encoder)}embeddings.token_embedding.weight")
+    return found if len(found) == 2 else ()
 
-    Evidence are the marker tensors `v_pred` and `ztsnr` and the metadata `modelspec.prediction_type`.
-    """
-    config = packaged("sd1", "scheduler")
-    told = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(
-        header.metadata.get("modelspec.prediction_type", "")
-    )
-    if "v_pred" in header.entries:
-        told = "v_prediction"
-    config["prediction_type"] = told or "epsilon"
-    config["rescale_betas_zero_snr"] = "ztsnr" in header.entries
-    return config, told is not None
+
+def _clip_prefix(header: Header, encoder: TextEncoder) -> str:
+    """A CLIP encoder's prefix as this file has it, with or without `text_model.`."""
+    full = f"{encoder.prefix}text_model."
+    return full if f"{full}embeddings.token_embedding.weight" in header.entries else encoder.prefix

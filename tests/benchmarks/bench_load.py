@@ -9,33 +9,16 @@ import argparse
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from tests.memory import Peak
+
 SIZE = 256
 REPEATS = 3
-
-
-def anonymous() -> int:
-    """RssAnon of this process, bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["RssAnon"].split()[0]) * 1024
-
-
-class Peak(threading.Thread):
-    """The largest RssAnon since the start, sampled every 20 ms."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.highest, self.over = anonymous(), threading.Event()
-
-    def run(self) -> None:
-        while not self.over.wait(0.02):
-            self.highest = max(self.highest, anonymous())
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -55,27 +38,26 @@ def measure(file: Path, kind: str) -> dict[str, str]:
     start = time.perf_counter()
     import torch
 
+    from library.conditioning import Conditioning
     from library.models.inspect import inspect
     from library.models.load import load
 
     rows["imports"] = f"{time.perf_counter() - start:.2f} s"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
-    before, peak = anonymous(), Peak()
-    peak.start()
-    start = time.perf_counter()
-    model = load(inspect(file), dtype=dtype)
-    rows["load"] = f"{time.perf_counter() - start:.2f} s"
-    peak.over.set()
+    with Peak() as peak:
+        start = time.perf_counter()
+        model = load(inspect(str(file)), dtype=dtype)
+        rows["load"] = f"{time.perf_counter() - start:.2f} s"
     parts = (model.unet, model.reload_vae(), model.text_encoders[0])
     held = sum(value.nbytes for part in parts for value in part.parameters())
-    rows["peak while loading / model"] = f"{(peak.highest - before) / held:.3f} of {held / 2**30:.2f} GiB"
+    rows["peak while loading / model"] = f"{peak.grown / held:.3f} of {held / 2**30:.2f} GiB"
 
     cells = SIZE // model.vae_factor
     noisy = torch.randn(1, 4, cells, cells)
-    states = torch.randn(1, 77, 768, requires_grad=True)
+    text = Conditioning(torch.randn(1, 77, 768, requires_grad=True))
 
     def step() -> None:
-        model.predict(noisy, torch.tensor([500]), states).square().mean().backward()
+        model.predict(noisy, torch.tensor([500]), text).square().mean().backward()
 
     layouts = {"channels last": torch.channels_last, "contiguous": torch.contiguous_format}
     for turn, name in enumerate([*layouts, *layouts]):

@@ -64,7 +64,7 @@ def main() -> None:
     from networks.lora import create_network
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    model = load(inspect(arguments.model), dtype=dtype, parts=("unet", "text_encoder"))
+    model = load(inspect(arguments.model), dtype=dtype, with_vae=False)
     noisy, timesteps, captions = torch.randn(1, 4, 32, 32), torch.tensor([500]), ["photo of a cat, close-up"]
 
     def attached_step() -> float:

@@ -1,6 +1,7 @@
 """Captions to token rows and text states, against recorded rows and transformers used by hand."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,14 @@ import torch
 
 from library.models.inspect import inspect
 from library.models.load import load
-from library.models.prompts import token_rows
-from library.models.sd1 import Model
+from library.models.model import Model
+from library.models.prompts import token_rows, weighted_rows
+from library.tokenizer import END_ID
 
 LONG = ", ".join(f"tag number {n} here" for n in range(40))
+VECTORS = json.loads((Path(__file__).parents[1] / "data/vectors/token_chunks.json").read_text())
+PADDING = {"sd1_and_sdxl_1": END_ID, "sd2_and_sdxl_2": 0}
+Find = Callable[[str], Path]
 
 
 def rows_of(recorded: list[list[int | list[int]]]) -> list[list[int]]:
@@ -21,74 +26,138 @@ def rows_of(recorded: list[list[int | list[int]]]) -> list[list[int]]:
     ]
 
 
-def test_recorded_rows(repo_root: Path) -> None:
-    vectors = json.loads((repo_root / "tests" / "data" / "token_chunks_sd1.json").read_text())
-    assert {vector["max_token_length"] for vector in vectors} == {75, 150, 225}
+@pytest.mark.parametrize("tokenizer", PADDING)
+def test_recorded_rows(tokenizer: str) -> None:
+    vectors = [vector for vector in VECTORS if vector["tokenizer"] == tokenizer]
+    assert {vector["max_token_length"] for vector in vectors} == {75, 150, 225} and len(vectors) == 30
     for vector in vectors:
-        rows = token_rows([vector["caption"]], vector["max_token_length"])
+        rows = token_rows([vector["caption"]], vector["max_token_length"], PADDING[tokenizer])
         assert list(rows.shape[1:]) == vector["shape"]
         assert rows[0].tolist() == rows_of(vector["rows_run_length"]), vector["caption"][:60]
+        plain, weights = weighted_rows([vector["caption"]], vector["max_token_length"], PADDING[tokenizer])
+        assert torch.equal(plain, rows) and torch.equal(weights, torch.ones(weights.shape))
 
 
-@pytest.fixture(scope="module")
-def model(tiny_sd1: Path) -> Model:
-    return load(inspect(tiny_sd1), parts=())
+def test_a_length_that_is_no_number_of_rows() -> None:
+    with pytest.raises(ValueError, match="multiple of 75"):
+        token_rows(["a cat"], 100)
 
 
-def by_hand(model: Model, caption: str, words: int, clip_skip: int | None) -> torch.Tensor:
+def by_hand(model: Model, caption: str, layer: int, *, norm: bool, index: int = 0) -> torch.Tensor:
     """BEHAVIOUR 6.4 word for word, with transformers' public outputs."""
-    encoder = model.text_encoders[0]
+    encoder, pad_id = model.text_encoders[index], model.family.text_encoders[index].pad_id
     states = []
-    for row in token_rows([caption], words)[0]:
-        output = encoder(row[None], output_hidden_states=True)
-        layer = output.hidden_states[-(clip_skip or 1)]
-        states.append(encoder.final_layer_norm(layer)[0])
-    pieces = [states[0][:1], *(state[1:76] for state in states), states[-1][76:]]
-    return torch.cat(pieces)
+    for row in token_rows([caption], model.max_words, pad_id)[0]:
+        hidden = encoder(row[None], output_hidden_states=True).hidden_states[-layer]
+        states.append((encoder.final_layer_norm(hidden) if norm else hidden)[0])
+    return torch.cat([states[0][:1], *(state[1:76] for state in states), states[-1][76:]])
 
 
 @pytest.mark.parametrize("words", [75, 150, 225])
 @pytest.mark.parametrize("clip_skip", [None, 1, 2, 4])
-def test_states_are_those_of_transformers(tiny_sd1: Path, words: int, clip_skip: int | None) -> None:
-    model = load(inspect(tiny_sd1), parts=(), clip_skip=clip_skip, max_token_length=words)
-    states = model.encode_prompts(["a cat", LONG])
-    assert states.shape == (2, words + 2, 32)
-    for caption, state in zip(["a cat", LONG], states, strict=True):
-        assert torch.allclose(state, by_hand(model, caption, words, clip_skip), atol=2e-6)
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_states_are_those_of_transformers(tiny_models: Find, family: str, words: int, clip_skip: int | None) -> None:
+    model = load(inspect(str(tiny_models(family))), with_vae=False, clip_skip=clip_skip, max_token_length=words)
+    conditioning = model.encode_prompts(["a cat", LONG])
+    assert conditioning.pooled is None
+    assert conditioning.states.shape == (2, words + 2, sum(model.text_widths))
+    for caption, state in zip(["a cat", LONG], conditioning.states, strict=True):
+        assert torch.allclose(state, by_hand(model, caption, clip_skip or 1, norm=True), atol=2e-6)
 
 
-def test_clip_skip_changes_states(tiny_sd1: Path, model: Model) -> None:
-    skipping = load(inspect(tiny_sd1), parts=(), clip_skip=2)
-    assert not torch.allclose(skipping.encode_prompts(["a cat"]), model.encode_prompts(["a cat"]), atol=1e-3)
+@pytest.mark.parametrize("words", [75, 225])
+@pytest.mark.parametrize("clip_skip", [None, 1, 2, 4])
+def test_sdxl_states_and_pooled_output(tiny_sdxl: Path, words: int, clip_skip: int | None) -> None:
+    model = load(inspect(str(tiny_sdxl)), with_vae=False, clip_skip=clip_skip, max_token_length=words)
+    conditioning = model.encode_prompts(["a cat", LONG, ""])
+    assert model.text_widths == (32, 64) and conditioning.states.shape == (3, words + 2, 96)
+    for caption, state in zip(["a cat", LONG, ""], conditioning.states, strict=True):
+        halves = [by_hand(model, caption, clip_skip or 2, norm=False, index=index) for index in (0, 1)]
+        assert torch.allclose(state, torch.cat(halves, dim=-1), atol=2e-6)
+    first_rows = token_rows(["a cat", LONG, ""], words, 0)[:, 0]
+    pooled = model.text_encoders[1](first_rows).text_embeds
+    assert conditioning.pooled is not None and torch.allclose(conditioning.pooled, pooled, atol=2e-6)
 
 
-def test_gradients_reach_the_text_encoder(tiny_sd1: Path) -> None:
-    model = load(inspect(tiny_sd1), parts=(), clip_skip=2)
-    layers = model.text_encoders[0].encoder.layers
-    layers.requires_grad_(True)
-    model.encode_prompts(["a cat"]).square().sum().backward()
-    assert layers[0].mlp.fc1.weight.grad.abs().sum() > 0
-    assert layers[4].mlp.fc1.weight.grad is None
+def test_the_pooled_output_trusts_no_end_id_of_a_config(tiny_sdxl: Path) -> None:
+    model = load(inspect(str(tiny_sdxl)), with_vae=False)
+    before = model.encode_prompts(["a cat"]).pooled
+    model.text_encoders[1].text_model.eos_token_id = 320
+    after = model.encode_prompts(["a cat"]).pooled
+    assert before is not None and after is not None and torch.equal(before, after)
 
 
-def test_memoised_states_are_kept_and_don_t_depend_on_the_batch(model: Model) -> None:
-    model.forget_prompts()
-    together = model.encode_prompts(["a cat", LONG, "a cat"], memoise=True)
-    model.forget_prompts()
-    alone = model.encode_prompts([LONG], memoise=True)
-    assert torch.equal(together[1], alone[0]) and torch.equal(together[0], together[2])
-    assert not together.requires_grad
-    assert torch.allclose(together, model.encode_prompts(["a cat", LONG, "a cat"]), atol=2e-6)
-    calls = []
-    handle = model.text_encoders[0].register_forward_hook(lambda *_: calls.append(1))
-    model.encode_prompts([LONG, LONG], memoise=True)
-    model.encode_prompts(["something new"], memoise=True)
-    handle.remove()
-    assert len(calls) == 1
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_every_layer_that_counts(tiny_models: Find, family: str, checkpointing: bool) -> None:
+    model = load(inspect(str(tiny_models(family))), with_vae=False, clip_skip=2)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    for encoder in model.text_encoders:
+        encoder.requires_grad_(True)
+    conditioning = model.encode_prompts(["a cat"])
+    loss = conditioning.states.square().sum()
+    if conditioning.pooled is not None:
+        loss = loss + conditioning.pooled.square().sum()
+    loss.backward()
+    for index, encoder in enumerate(model.text_encoders):
+        layers = getattr(encoder, "text_model", encoder).encoder.layers
+        assert all(layer.mlp.fc1.weight.grad.abs().sum() > 0 for layer in layers[:4])
+        reaches_the_last = index == 1
+        assert (layers[4].mlp.fc1.weight.grad is not None) == reaches_the_last
 
 
-def test_memo_is_bounded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("library.models.sd1._MEMO_BYTES", 3 * 77 * 32 * 4)
-    model.forget_prompts()
-    model.encode_prompts([f"caption {n}" for n in range(10)], memoise=True)
-    assert len(model._memo) == 3
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_checkpointing_changes_no_gradient(tiny_models: Find, family: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = load(inspect(str(tiny_models(family))), with_vae=False, clip_skip=2, max_token_length=150)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        weights = [getattr(one, "text_model", one).encoder.layers[0].mlp.fc1.weight for one in model.text_encoders]
+        for weight in weights:
+            weight.requires_grad_(True)
+        model.encode_prompts(["a cat", LONG]).states.square().sum().backward()
+        gradients.append([weight.grad for weight in weights])
+    for one, two in zip(*gradients, strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_states_have_the_model_s_dtype(tiny_models: Find, family: str) -> None:
+    low = load(inspect(str(tiny_models(family))), dtype=torch.bfloat16, with_vae=False, weighted=True)
+    conditioning = low.encode_prompts(["a (cat:1.3)"])
+    assert conditioning.states.dtype == torch.bfloat16
+    assert conditioning.pooled is None or conditioning.pooled.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_released_encoders_come_back_as_they_were(tiny_models: Find, family: str) -> None:
+    model = load(inspect(str(tiny_models(family))), with_vae=False, dtype=torch.bfloat16)
+    model.enable_gradient_checkpointing()
+    before, identity = model.encode_prompts(["a cat"]), model.text_encoder_id()
+    model.release_text_encoders()
+    assert len(model.text_encoders) == 0
+    assert torch.equal(model.encode_prompts(["a cat"]).states, before.states)
+    assert model.text_encoder_id() == identity
+    encoders, given = model.reload_text_encoders(), model.network_text_encoder
+    assert len(encoders) == len(model.text_widths) and all(one.training for one in encoders)
+    assert given == list(encoders) if family == "sdxl" else given is encoders[0]
+
+
+def test_the_id_of_text_encoders_is_of_all_that_makes_states(tiny_sd1: Path, tiny_sdxl: Path) -> None:
+    info = inspect(str(tiny_sd1))
+    ids = [
+        load(info, with_vae=False).text_encoder_id(),
+        load(info, with_vae=False, dtype=torch.bfloat16).text_encoder_id(),
+        load(info, with_vae=False, clip_skip=2).text_encoder_id(),
+        load(info, with_vae=False, max_token_length=150).text_encoder_id(),
+        load(info, with_vae=False, weighted=True).text_encoder_id(),
+    ]
+    other = load(inspect(str(tiny_sdxl)), with_vae=False)
+    ids.append(other.text_encoder_id())
+    other = load(inspect(str(tiny_sdxl)), with_vae=False)
+    other.text_encoders[1].text_projection.weight.data[0, 0] += 1
+    ids.append(other.text_encoder_id())
+    assert len(set(ids)) == len(ids)
+    assert ids[0] == load(info, with_vae=False).text_encoder_id()

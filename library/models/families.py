@@ -1,0 +1,116 @@
+"""The families of base models as plain facts; torch-free. Code that differs by family reads it here or is a method of
+the family's `Model` (models.sd1, models.sd2, models.sdxl); nowhere else is a family asked for by name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from library.models.sgm_names import sgm_key
+from library.tokenizer import END_ID
+
+FamilyName = Literal["sd1", "sd2", "sdxl"]
+PredictionType = Literal["epsilon", "v_prediction"]
+TextPart = Literal["text_encoder", "text_encoder_2"]
+Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a family.
+
+    `prefix` is that of the original layout; `open_clip` encoders have OpenCLIP's names there. `pad_id` fills a row
+    behind the end token. `projects`: it has a text projection, whose pooled output the U-Net takes.
+    """
+
+    part: TextPart
+    prefix: str
+    open_clip: bool
+    pad_id: int
+    projects: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of base models.
+
+    Attributes:
+        title: how messages name it.
+        versions: `ss_base_model_version` by prediction type.
+        sides: the side in pixels that it was made for, by prediction type.
+        latents_kind: how sd-scripts ends the names of cached latents.
+        latent_scale: what latents are multiplied by where a config names nothing.
+        unet_key: a diffusers module path -> how the keys of LoRA files spell it.
+        v2: it is what `--v2` means.
+        probes_prediction: files of this family predict noise or velocity and often don't say which.
+        takes_sizes: its U-Net is told the picture's size and the crop's place.
+        fp16_fragile_vae: its usual VAE overflows in float16.
+    """
+
+    name: FamilyName
+    title: str
+    text_encoders: tuple[TextEncoder, ...]
+    versions: Mapping[str, str]
+    sides: Mapping[str, int]
+    latents_kind: str
+    latent_scale: float
+    unet_key: Callable[[str], str]
+    v2: bool = False
+    probes_prediction: bool = False
+    takes_sizes: bool = False
+    fp16_fragile_vae: bool = False
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that a base model of this family consists of."""
+        return ("unet", "vae", *(encoder.part for encoder in self.text_encoders))
+
+
+def diffusers_key(path: str) -> str:
+    """The U-Net spelling of SD1 and SD2 files: the diffusers path itself."""
+    return path.replace(".", "_")
+
+
+SD1 = Family(
+    name="sd1",
+    title="SD1",
+    text_encoders=(TextEncoder("text_encoder", "cond_stage_model.transformer.", False, END_ID),),
+    versions={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
+    sides={"epsilon": 512, "v_prediction": 512},
+    latents_kind="sd",
+    latent_scale=0.18215,
+    unet_key=diffusers_key,
+)
+SD2 = Family(
+    name="sd2",
+    title="SD2",
+    text_encoders=(TextEncoder("text_encoder", "cond_stage_model.model.", True, 0),),
+    versions={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
+    sides={"epsilon": 512, "v_prediction": 768},
+    latents_kind="sd",
+    latent_scale=0.18215,
+    unet_key=diffusers_key,
+    v2=True,
+    probes_prediction=True,
+)
+SDXL = Family(
+    name="sdxl",
+    title="SDXL",
+    text_encoders=(
+        TextEncoder("text_encoder", "conditioner.embedders.0.transformer.", False, END_ID),
+        TextEncoder("text_encoder_2", "conditioner.embedders.1.model.", True, 0, projects=True),
+    ),
+    versions={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
+    sides={"epsilon": 1024, "v_prediction": 1024},
+    latents_kind="sdxl",
+    latent_scale=0.13025,
+    unet_key=sgm_key,
+    takes_sizes=True,
+    fp16_fragile_vae=True,
+)
+FAMILIES: Mapping[FamilyName, Family] = MappingProxyType({"sd1": SD1, "sd2": SD2, "sdxl": SDXL})
+
+
+def unet_key_of(config: Mapping[str, Any]) -> Callable[[str], str]:
+    """How LoRA files spell the modules of a U-Net with this diffusers config: only SDXL's takes sizes beside text."""
+    return sgm_key if config.get("addition_embed_type") == "text_time" else diffusers_key

@@ -1,0 +1,96 @@
+"""What is known of a base model before its weights are read: the record that `inspect` makes and `load` takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from library.models.families import FAMILIES, Family, FamilyName, Part, PredictionType
+from library.models.headers import Header
+
+Layout = Literal["folder", "single_file"]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What flags say of the base model; None where the user said nothing."""
+
+    v2: bool | None = None
+    v_parameterization: bool | None = None
+    zero_terminal_snr: bool | None = None
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """One part of a model: its config and where its weights stand.
+
+    Attributes:
+        config: of diffusers or transformers.
+        headers: the files that hold it.
+        original: its tensors have the original layout's names; otherwise diffusers' or transformers'.
+        prefix: what precedes its names in the files, "" for a bare part.
+        where: how a message names its source: `--vae path`.
+    """
+
+    config: dict[str, Any]
+    headers: tuple[Header, ...] = field(repr=False)
+    original: bool
+    prefix: str
+    where: str
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A base model that can be loaded.
+
+    Attributes:
+        path: the file or folder of the base model; a hub id's is the folder in the hub's cache.
+        name: what metadata call it: the last component of the path, or the hub id.
+        prediction_type: None where neither evidence nor a flag tells it and it has to be probed.
+        zero_terminal_snr: the noise schedule ends in pure noise; `scheduler_config` says the same.
+        vae_factor: pixels per latent cell, along a side.
+        findings: short phrases about what was found and where, for `line`.
+        vae_path, vae_name: of `--vae`.
+    """
+
+    path: Path
+    name: str
+    family_name: FamilyName
+    layout: Layout
+    parts: Mapping[Part, PartInfo]
+    scheduler_config: dict[str, Any]
+    prediction_type: PredictionType | None
+    zero_terminal_snr: bool
+    vae_factor: int
+    findings: tuple[str, ...] = ()
+    vae_path: Path | None = None
+    vae_name: str | None = None
+
+    @property
+    def family(self) -> Family:
+        """The facts of its family."""
+        return FAMILIES[self.family_name]
+
+    @property
+    def unet_config(self) -> dict[str, Any]:
+        """The U-Net's config."""
+        return self.parts["unet"].config
+
+    @property
+    def vae_config(self) -> dict[str, Any]:
+        """The VAE's config."""
+        return self.parts["vae"].config
+
+    @property
+    def text_encoder_configs(self) -> tuple[dict[str, Any], ...]:
+        """The configs of all text encoders, first to last."""
+        return tuple(self.parts[encoder.part].config for encoder in self.family.text_encoders)
+
+    @property
+    def line(self) -> str:
+        """One line that tells what was found."""
+        return f"base model {self.name}: {self.family.title}, {', '.join(self.findings)}"
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights, each once, in the order of the parts."""
+        return tuple(dict.fromkeys(header.path for part in self.parts.values() for header in part.headers))

@@ -1,0 +1,275 @@
+"""A loaded base model: pictures to latents, captions to conditioning, noisy latents to predictions.
+
+What families share stands here; `sd1`, `sd2` and `sdxl` add what is special to each. Loss, noise and adapters are not
+this module's business.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from library.conditioning import Conditioning
+from library.console import say
+from library.models import samplers
+from library.models.families import Part
+from library.models.info import ModelInfo
+from library.models.parts import load_part
+from library.models.prompts import WORDS, TextStates, encode_rows, token_rows, weighted_rows
+from library.models.schedule import alphas_cumprod
+
+if TYPE_CHECKING:
+    from library.models.preview import PreviewPipeline
+
+_CHUNK_PIXELS = 2 * 512 * 512
+
+
+class Model(ABC):
+    """Frozen U-Net and text encoders in one dtype, VAE in another, all on one device.
+
+    Attributes:
+        latent_scale: what posterior means are multiplied by before noise is added.
+        vae_factor: pixels per latent cell, along a side.
+        alphas_cumprod: (1000,) float64, on the CPU, as trained; its last is 0 with zero terminal SNR.
+        zero_terminal_snr: the schedule ends in pure noise.
+        prediction_type: "epsilon" or "v_prediction".
+        vae: None after `release_vae`; text_encoders: () after `release_text_encoders`.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        *,
+        unet: torch.nn.Module,
+        text_encoders: tuple[torch.nn.Module, ...],
+        vae: torch.nn.Module | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype,
+        clip_skip: int | None,
+        max_token_length: int | None,
+        weighted: bool,
+    ) -> None:
+        self.info, self.family = info, info.family
+        self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
+        self.unet, self.vae, self.text_encoders = unet, vae, text_encoders
+        self.clip_skip, self.max_words, self.weighted = clip_skip, max_token_length or WORDS, weighted
+        self.prediction_type: str = info.prediction_type or "epsilon"
+        self.vae_factor = info.vae_factor
+        self.latent_scale = float(info.vae_config.get("scaling_factor", self.family.latent_scale))
+        self.alphas_cumprod = alphas_cumprod(info.scheduler_config)
+        self.zero_terminal_snr = info.zero_terminal_snr
+        self.text_widths = tuple(int(config.get("hidden_size", 512)) for config in info.text_encoder_configs)
+        self._exact_vae: torch.nn.Module | None = None
+        self._overflow_told = False
+        self._checkpointing = self._autocasts = False
+        self._ids: dict[str, str] = {}
+
+    @property
+    def base_model_version(self) -> str:
+        """The family's name in metadata."""
+        return self.family.versions[self.prediction_type]
+
+    @property
+    def network_text_encoder(self) -> torch.nn.Module | list[torch.nn.Module]:
+        """What a network module's `create_network` gets as its text encoder: the bare module, or a list of several."""
+        encoders = self.reload_text_encoders()
+        return list(encoders) if len(encoders) > 1 else encoders[0]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass. Puts the modules into train mode, which nothing in them acts on
+        but checkpointing: they are built without dropout."""
+        self._checkpointing = True
+        cast(Any, self.unet).enable_gradient_checkpointing()
+        self.unet.train()
+        for text_encoder in self.text_encoders:
+            _checkpoint(text_encoder)
+
+    def suit_foreign_networks(self) -> None:
+        """Compute under autocast from now on, and lay weights out plainly: networks of other projects don't follow the
+        dtype of what they are given, and write tensors to files as they lie in memory."""
+        self._autocasts = True
+        self.unet.to(memory_format=torch.contiguous_format)
+
+    def _autocast(self) -> torch.autocast:
+        wanted = self._autocasts and self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if wanted else None, enabled=wanted)
+
+    @abstractmethod
+    def encode_prompts(self, captions: Sequence[str]) -> Conditioning:
+        """Conditioning of captions in the model's dtype: states (b, n * 75 + 2, d) and, where the family has them,
+        pooled outputs (b, p). Differentiable; released text encoders are read again."""
+
+    def _text_states(
+        self, index: int, captions: Sequence[str], layer: int, *, norm: bool
+    ) -> tuple[TextStates, torch.Tensor]:
+        """The states of one encoder as `encode_rows` has them, and the token rows (b, n, 77) on the device."""
+        encoder, pad_id = self.reload_text_encoders()[index], self.family.text_encoders[index].pad_id
+        weights = None
+        if self.weighted:
+            rows, weights = weighted_rows(captions, self.max_words, pad_id)
+            weights = weights.to(self.device)
+        else:
+            rows = token_rows(captions, self.max_words, pad_id)
+        rows = rows.to(self.device)
+        with self._autocast():
+            return encode_rows(encoder, rows, layer, norm=norm, weights=weights), rows
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, sizes: Tensor | None = None
+    ) -> Tensor:
+        """What the U-Net predicts (noise or velocity), (b, c, h, w) float32.
+
+        Args:
+            noisy: (b, c, h, w) of any dtype; timesteps: (b,) int64; conditioning: from `encode_prompts`.
+            sizes: (b, 6) in pixels, of families that take sizes: original height and width, crop top and left, target
+                height and width. None stands for a picture of the latents' size, not cropped.
+        """
+        with self._autocast():
+            output = self.unet(
+                noisy.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last),
+                timesteps.to(self.device),
+                encoder_hidden_states=conditioning.states.to(device=self.device, dtype=self.dtype),
+                return_dict=False,
+                **self._added(noisy, conditioning, sizes),
+            )
+        return cast(Tensor, output[0]).float()
+
+    def _added(self, noisy: Tensor, conditioning: Conditioning, sizes: Tensor | None) -> dict[str, Any]:
+        """What the family's U-Net takes besides noise, time and text states."""
+        return {}
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Posterior means (b, c, H / factor, W / factor) float32, unscaled, of pictures (b, 3, H, W) in [-1, 1].
+
+        On the CPU pictures go through one by one: it costs nothing there, and a latent's bits don't depend on the
+        batch it was made in. Elsewhere in chunks of about two 512 x 512 pictures. Where a 16-bit VAE gives values that
+        are no finite numbers, its chunk is encoded again in float32; what is still not finite is returned as it is.
+        """
+        height, width = pixels.shape[-2:]
+        size = 1 if self.device.type == "cpu" else max(1, _CHUNK_PIXELS // (height * width))
+        with torch.inference_mode():
+            means = [self._safely(_posterior_mean, chunk) for chunk in pixels.split(size)]
+        return torch.cat(means).clone()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (b, 3, H, W) float32, about [-1, 1], of scaled latents (b, c, h, w); no gradient.
+
+        In float32 where 16 bits overflow, as in `encode_images`.
+        """
+        with torch.no_grad():
+            return self._safely(_decoded, latents / self.latent_scale)
+
+    def _safely(self, work: Callable[[Any, Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """`work` by the VAE, and by one in float32 if a 16-bit one gives no finite numbers; (b, ...) float32."""
+        vae = self.reload_vae()
+        result = work(vae, inputs.to(self.device, self.vae_dtype, memory_format=torch.channels_last)).float()
+        if self.vae_dtype == torch.float32 or bool(torch.isfinite(result).all()):
+            return result
+        if not self._overflow_told:
+            say(f"the VAE overflows in {str(self.vae_dtype).removeprefix('torch.')}: float32 is used where it does")
+            self._overflow_told = True
+        if self._exact_vae is None:
+            self._exact_vae = self._load("vae", torch.float32)
+        return work(self._exact_vae, inputs.to(self.device, torch.float32, memory_format=torch.channels_last)).float()
+
+    def _load(self, part: Part, dtype: torch.dtype) -> torch.nn.Module:
+        with torch.inference_mode(False):
+            return load_part(self.info, part, device=self.device, dtype=dtype)
+
+    def reload_vae(self) -> torch.nn.Module:
+        """The VAE, read again if it was released."""
+        if self.vae is None:
+            self.vae = self._load("vae", self.vae_dtype)
+        return self.vae
+
+    def release_vae(self) -> None:
+        """Give the VAE's memory back."""
+        self.vae = self._exact_vae = None
+        self._empty_cache()
+
+    def reload_text_encoders(self) -> tuple[torch.nn.Module, ...]:
+        """The text encoders, read again if they were released."""
+        if not self.text_encoders:
+            self.text_encoders = tuple(self._load(encoder.part, self.dtype) for encoder in self.family.text_encoders)
+            if self._checkpointing:
+                for text_encoder in self.text_encoders:
+                    _checkpoint(text_encoder)
+        return self.text_encoders
+
+    def release_text_encoders(self) -> None:
+        """Give the text encoders' memory back. Not for text encoders that train or carry a network."""
+        self.text_encoders = ()
+        self._empty_cache()
+
+    def _empty_cache(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def vae_id(self) -> str:
+        """sha256 over what makes latents: names, dtypes, shapes and values of the VAE's encoder half."""
+        if "vae" not in self._ids:
+            made = (
+                (name, tensor)
+                for name, tensor in self.reload_vae().state_dict().items()
+                if name.startswith(("encoder.", "quant_conv."))
+            )
+            self._ids["vae"] = _digest(made)
+        return self._ids["vae"]
+
+    def text_encoder_id(self) -> str:
+        """sha256 over what makes a caption's conditioning: the text encoders' names, dtypes, shapes and values, clip
+        skip, how many words count, and whether brackets weigh. Taken once: of the text encoders as they were read."""
+        if "text" not in self._ids:
+            settings = f"{self.family.name} {self.clip_skip} {self.max_words} {self.weighted}"
+            values = (
+                (f"{index}.{name}", tensor)
+                for index, encoder in enumerate(self.reload_text_encoders())
+                for name, tensor in encoder.state_dict().items()
+            )
+            self._ids["text"] = _digest(values, settings)
+        return self._ids["text"]
+
+    def pipeline(
+        self, sampler: str, encode: Callable[[Sequence[str]], Conditioning] | None = None
+    ) -> "PreviewPipeline":
+        """What draws previews with these very modules, adapters included.
+
+        Args:
+            sampler: a name of `samplers.SAMPLERS`.
+            encode: prompts -> conditioning, `encode_prompts` where it is None.
+
+        Raises:
+            UserError: no such sampler.
+        """
+        from library.models.preview import PreviewPipeline
+
+        zero_snr = self.zero_terminal_snr
+        scheduler = samplers.scheduler(sampler, self.info.scheduler_config, self.prediction_type, zero_snr=zero_snr)
+        return PreviewPipeline(self, scheduler, encode or self.encode_prompts)
+
+
+def _checkpoint(text_encoder: torch.nn.Module) -> None:
+    module = cast(Any, text_encoder)
+    newer = getattr(module, "activation_checkpointing_enable", None)
+    (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
+    module.train()
+
+
+def _posterior_mean(vae: Any, pixels: Tensor) -> Tensor:
+    return cast(Tensor, vae.encode(pixels).latent_dist.mean).contiguous()
+
+
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    return cast(Tensor, vae.decode(latents, return_dict=False)[0])
+
+
+def _digest(values: Iterable[tuple[str, Tensor]], settings: str = "") -> str:
+    digest = hashlib.sha256(settings.encode())
+    for name, tensor in sorted(values, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
