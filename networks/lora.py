@@ -12,23 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.models.lora_targets import LoraTarget, Part, ranked, targets
-from library.weights.files import read_tensors
+from library.models.families import unet_key_of
+from library.models.lora_targets import LoraTarget, ranked, targets
 from library.weights.save import save_lora
 from networks.lora_args import parse
-from networks.lora_file import FileModule, fit, group
+from networks.lora_file import FileModule, fit
+from networks.lora_keys import Spellings, modules_of, read_lora, spellings
 from networks.lora_layers import LoraLayer, RandomContext
-
-_DESCRIPTIONS: dict[Part, str] = {"text_encoder": "textencoder", "unet": "unet"}
 
 
 class LoraNetwork(nn.Module):
     """All LoRAs of one run. Its parameters and state dict hold only the parts that `apply_to` attached."""
 
-    def __init__(self, layers: Iterable[LoraLayer], context: RandomContext, multiplier: float = 1.0) -> None:
+    def __init__(
+        self, layers: Iterable[LoraLayer], context: RandomContext, known: Spellings, multiplier: float = 1.0
+    ) -> None:
         super().__init__()
         self._built = tuple(layers)
         self._context = context
+        self._known = known
         self.set_multiplier(multiplier)
 
     @property
@@ -37,7 +39,7 @@ class LoraNetwork(nn.Module):
         return tuple(layer for layer in self._built if layer.target.name in self._modules)
 
     def apply_to(self, text_encoder: Any, unet: Any, train_text_encoder: bool = True, train_unet: bool = True) -> None:
-        """Attach the parts to be trained. A part whose flag is False is neither attached nor saved.
+        """Attach the parts to be trained. A part whose flag is False is neither attached nor saved, and let go.
 
         The modules were found when the network was made, so `text_encoder` and `unet` are only named by the protocol.
         Raises UserError if nothing is left to train, ValueError if the network is attached already.
@@ -45,17 +47,20 @@ class LoraNetwork(nn.Module):
         if self.layers:
             raise ValueError("the network is attached already")
         wanted = {"text_encoder": train_text_encoder, "unet": train_unet}
+        self._built = tuple(layer for layer in self._built if wanted[layer.target.part])
         for layer in self._built:
-            if wanted[layer.target.part]:
-                self.add_module(layer.target.name, layer)
-                layer.attach()
+            self.add_module(layer.target.name, layer)
+            layer.attach()
         if not self.layers:
             raise UserError.single("network", "no module of the parts to be trained is in it", "train another part")
 
-    def remove(self, part: Part | None = None) -> None:
-        """Detach the network, or one part of it: the model computes as before and the part is no longer saved."""
+    def remove(self, owner: str | None = None) -> None:
+        """Detach the network, or what it has on one model: that computes as before and is no longer saved.
+
+        `owner`: "unet", or as the optimizer's groups are named "textencoder", "textencoder1" or "textencoder2".
+        """
         for layer in self.layers:
-            if part is None or layer.target.part == part:
+            if owner is None or _owner(layer.target) == owner:
                 layer.detach()
                 del self._modules[layer.target.name]
 
@@ -80,7 +85,7 @@ class LoraNetwork(nn.Module):
         The file's alpha counts, also for the scale. Raises UserError if the file holds something that isn't a LoRA
         of this base model, another rank, or nothing for the attached modules.
         """
-        return self._load(file, group(read_tensors(file), file))
+        return self._load(file, modules_of(read_lora(file), self._known, file))
 
     def _load(self, file: str | Path, modules: Mapping[str, FileModule]) -> str:
         present = {layer.target.name for layer in self.layers}
@@ -117,7 +122,7 @@ class LoraNetwork(nn.Module):
         """
         if self.layers:
             raise ValueError("an attached network can't be merged: its effect would count twice")
-        modules = group(weights_sd, "weights")
+        modules = modules_of(weights_sd, self._known, "weights")
         with torch.no_grad():
             for layer in self._built:
                 if module := modules.get(layer.target.name):
@@ -136,20 +141,39 @@ class LoraNetwork(nn.Module):
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups {"params", "lr"} and their names: text encoder first, then U-Net.
+        """Parameter groups as of the method below, with one rate for all text encoders."""
+        return self.prepare_optimizer_params_with_multiple_te_lrs([text_encoder_lr], unet_lr, default_lr)
 
-        A learning rate of None means `default_lr`. A part with rate 0 is detached: it is neither trained nor saved.
+    def prepare_optimizer_params_with_multiple_te_lrs(
+        self, text_encoder_lrs: Sequence[float | None], unet_lr: float | None, default_lr: float | None
+    ) -> tuple[list[dict[str, Any]], list[str]]:
+        """Parameter groups {"params", "lr"} and their names: text encoders first, then the U-Net.
+
+        One rate counts for all text encoders, none and None mean `default_lr`. What has rate 0 is detached: it is
+        neither trained nor saved. Raises UserError if there are more rates than text encoders.
         """
+        encoders = self._known.text_encoders
+        rates = list(text_encoder_lrs) or [None]
+        if len(rates) == 1:
+            rates *= encoders
+        if encoders and len(rates) != encoders:
+            raise UserError.single(
+                "--text_encoder_lr", f"{len(rates)} rates, {encoders} text encoders", "give one rate, or one for each"
+            )
+        members: dict[str, list[LoraLayer]] = {}
+        for layer in self.layers:
+            members.setdefault(_owner(layer.target), []).append(layer)
         groups, descriptions = [], []
-        rates: dict[Part, float | None] = {"text_encoder": text_encoder_lr, "unet": unet_lr}
-        for part, rate in rates.items():
+        for owner, layers in sorted(members.items()):
+            target = layers[0].target
+            rate = unet_lr if target.part == "unet" else rates[target.encoder]
             rate = default_lr if rate is None else rate
-            params = [p for layer in self.layers if layer.target.part == part for p in layer.parameters()]
-            if params and rate:
-                groups.append({"params": params, "lr": rate})
-                descriptions.append(_DESCRIPTIONS[part])
-            elif params:
-                self.remove(part)
+            if rate:
+                groups.append({"params": [p for layer in layers for p in layer.parameters()], "lr": rate})
+                descriptions.append(owner)
+            else:
+                self.remove(owner)
+                self._built = tuple(layer for layer in self._built if _owner(layer.target) != owner)
         return groups, descriptions
 
     def enable_gradient_checkpointing(self) -> None:
@@ -216,11 +240,11 @@ def create_network(
     args = parse(network_dim, network_alpha, kwargs, neuron_dropout=neuron_dropout)
     context = RandomContext()
     layers = []
-    modules = _modules(text_encoder, unet, conv=args.conv_dim is not None)
+    modules, known = _modules(text_encoder, unet)
     for target, rank in ranked(modules, args.dim, args.conv_dim):
         alpha = args.conv_alpha if target.kernel == "3x3" else args.alpha
         layers.append(LoraLayer(target, modules[target], rank, alpha, args, context))
-    return LoraNetwork(layers, context, multiplier)
+    return LoraNetwork(layers, context, known, multiplier)
 
 
 def create_network_from_weights(
@@ -233,7 +257,7 @@ def create_network_from_weights(
     for_inference: bool = False,
     **kwargs: Any,
 ) -> tuple[LoraNetwork, Mapping[str, Tensor]]:
-    """A network with the modules, ranks and alphas of a weight file, and the file's tensors.
+    """A network with the modules, ranks and alphas of a weight file, and the file's tensors under kohya's names.
 
     Modules that the file lacks are not created. As the protocol has it, the weights are not in the network yet:
     `load_weights` follows `apply_to`. Raises UserError if the file holds what this base model has no place for.
@@ -241,13 +265,14 @@ def create_network_from_weights(
     if weights_sd is None:
         if file is None:
             raise ValueError("neither a file nor its tensors were given")
-        weights_sd = read_tensors(file)
+        weights_sd = read_lora(file)
     args = parse(None, None, kwargs, neuron_dropout=kwargs.get("dropout"), from_file=True)
     source = str(file or "weights")
-    modules = group(weights_sd, source)
+    bases, known = _modules(text_encoder, unet)
+    modules = modules_of(weights_sd, known, source)
     context = RandomContext()
     layers = []
-    for target, base in _modules(text_encoder, unet, conv=True).items():
+    for target, base in bases.items():
         if module := modules.pop(target.name, None):
             rank = module.down.shape[0]
             fit(module, target, rank, source)
@@ -261,14 +286,23 @@ def create_network_from_weights(
     if for_inference:
         for layer in layers:
             layer.requires_grad_(False)
-    return LoraNetwork(layers, context, multiplier), weights_sd
+    return LoraNetwork(layers, context, known, multiplier), weights_sd
 
 
-def _modules(text_encoder: Any, unet: Any, *, conv: bool) -> dict[LoraTarget, nn.Module]:
-    """Each target of these models with its module, in order. Either transformers layout of a text model will do."""
+def _owner(target: LoraTarget) -> str:
+    """The model that a target belongs to, as the optimizer's groups are named."""
+    return "unet" if target.part == "unet" else "textencoder" + target.name.split("_")[1].removeprefix("te")
+
+
+def _modules(text_encoder: Any, unet: Any) -> tuple[dict[LoraTarget, nn.Module], Spellings]:
+    """Each target of these models with its module, in order, and what files call them.
+
+    Either transformers layout of a text model will do.
+    """
     encoders = list(text_encoder) if isinstance(text_encoder, list | tuple) else [text_encoder]
     inner = [getattr(encoder, "text_model", encoder) for encoder in encoders if encoder is not None]
-    configs = [encoder.config.to_dict() for encoder in inner]
-    found = targets(None if unet is None else unet.config, configs, conv=conv)
+    config = None if unet is None else unet.config
+    key = unet_key_of(config or {})
+    found = targets(config, [encoder.config.to_dict() for encoder in inner], conv=True, unet_key=key)
     roots = {target: unet if target.part == "unet" else inner[target.encoder] for target in found}
-    return {target: roots[target].get_submodule(target.path) for target in found}
+    return {target: roots[target].get_submodule(target.path) for target in found}, spellings(found, config)

@@ -17,15 +17,16 @@ class BadWeightsError(ValueError):
 
 
 def check_file(
-    path: Path, expected: Iterable[str] | Mapping[str, Collection[int]], *, trained_parts: Iterable[str] = ()
+    path: Path, expected: Iterable[str] | Mapping[str, Collection[int]] | None, *, trained_parts: Iterable[str] = ()
 ) -> list[str]:
     """Read a file back and return warnings: one for each of `trained_parts` whose up-factors are all still zero.
 
-    `expected` are the keys, with shapes if it is a mapping; `trained_parts` are "unet" and "text_encoder" where they
-    had updates. Raises BadWeightsError if a key is missing, surplus or of another shape, or a number is not finite.
+    `expected` are the keys, with shapes if it is a mapping, None if any will do; `trained_parts` are "unet" and
+    "text_encoder" where they had updates. Raises BadWeightsError if a key is missing, surplus or of another shape, or a
+    number is not finite.
     """
     tensors = read_tensors(path)
-    keys = set(expected)
+    keys = set(tensors if expected is None else expected)
     if missing := sorted(keys - tensors.keys()):
         raise BadWeightsError(f"{path}: {len(missing)} keys are missing, e.g. {missing[0]}")
     if surplus := sorted(tensors.keys() - keys):

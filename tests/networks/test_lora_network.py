@@ -1,7 +1,9 @@
 """A whole network on tiny models: parts, names, files, independence, and dropouts that are functions of the place."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -393,3 +395,16 @@ def test_weight_norms_are_those_of_the_product(unet: nn.Module, text_encoder: nn
     norms = network.weight_norms()
     for layer in network.layers:
         assert norms[layer.target.name] == pytest.approx(float(layer.delta().norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("by", ["flag", "rate"])
+def test_a_frozen_text_encoder_is_let_go(unet: nn.Module, text_encoder: nn.Module, by: str) -> None:
+    watched = weakref.ref(text_encoder.get_submodule("encoder.layers.0.mlp.fc1"))
+    network = lora.create_network(1.0, 4, 1, None, text_encoder, unet)
+    network.apply_to(text_encoder, unet, by == "rate", True)
+    network.prepare_optimizer_params(0, 1e-4, 1e-4)
+    for layer in text_encoder.encoder.layers:
+        layer.mlp.fc1 = nn.Identity()
+    gc.collect()
+    assert watched() is None
+    network.set_multiplier(0.5)
