@@ -68,6 +68,7 @@ class LatentCache:
         vae_id: names the VAE's weights; latents of another one are never used.
         dtype: the precision in which the VAE computes, e.g. "float32".
         channels: of the VAE's latents.
+        kind: ends the files' names, `sd` or `sdxl`.
         to_disk: keep them in files beside the pictures, else in memory.
         trust_foreign: use fitting files that other programs wrote.
         skip_check: don't hash pictures and arrays of files that claim to fit.
@@ -82,6 +83,7 @@ class LatentCache:
         vae_id: str,
         dtype: str = "float32",
         channels: int = 4,
+        kind: str = "sd",
         to_disk: bool,
         trust_foreign: bool = True,
         skip_check: bool = False,
@@ -92,7 +94,7 @@ class LatentCache:
         _refuse_random_crop(plan)
         self.to_disk = to_disk
         self.threads = threads
-        self.wanted, self.slots = _wanted(plan, vae_id, dtype, channels)
+        self.wanted, self.slots = _wanted(plan, vae_id, dtype, channels, kind)
         self.files = list(_claim_files(self.wanted)) if to_disk else []
         mine = [i for i in range(len(self.wanted)) if not to_disk or i % world_size == rank]
         self._others = sorted(set(range(len(self.wanted))) - set(mine))
@@ -112,6 +114,7 @@ class LatentCache:
         vae_batch_size: int = 1,
         dtype: str = "float32",
         channels: int = 4,
+        kind: str = "sd",
         trust_foreign: bool = True,
         skip_check: bool = False,
         threads: int = 4,
@@ -124,6 +127,8 @@ class LatentCache:
             plan,
             vae_id=vae_id,
             dtype=dtype,
+            channels=channels,
+            kind=kind,
             to_disk=to_disk,
             trust_foreign=trust_foreign,
             skip_check=skip_check,
@@ -259,7 +264,9 @@ def _refuse_random_crop(plan: Plan) -> None:
         raise UserError(problems)
 
 
-def _wanted(plan: Plan, vae_id: str, dtype: str, channels: int) -> tuple[tuple[Wanted, ...], tuple[int, ...]]:
+def _wanted(
+    plan: Plan, vae_id: str, dtype: str, channels: int, kind: str
+) -> tuple[tuple[Wanted, ...], tuple[int, ...]]:
     """What to make, one slot per picture and fit, and the slot of each record: several records may share one."""
     found: dict[tuple[object, ...], Wanted] = {}
     keys = []
@@ -269,7 +276,7 @@ def _wanted(plan: Plan, vae_id: str, dtype: str, channels: int) -> tuple[tuple[W
         before = found.get(key)
         flipped = subset.flip_aug or (before is not None and before.flipped)
         interpolation = subset.resize_interpolation
-        found[key] = Wanted(record, fit, interpolation, flipped, vae_id, dtype, plan.vae_factor, channels)
+        found[key] = Wanted(record, fit, interpolation, flipped, vae_id, dtype, plan.vae_factor, channels, kind)
         keys.append(key)
     numbers = {key: slot for slot, key in enumerate(found)}
     return tuple(found.values()), tuple(numbers[key] for key in keys)
@@ -289,8 +296,8 @@ def _claim_files(wanted: Sequence[Wanted]) -> Iterator[Path]:
     claimed: set[Path] = set()
     for one in wanted:
         folder = one.record.path.parent
-        usual = cache_files.names(one.record, one.fit.bucket)
-        more = (f"{one.record.path.name}_{number}_sd.npz" for number in range(2, len(wanted) + 2))
+        usual = cache_files.names(one.record, one.fit.bucket, one.kind)
+        more = (f"{one.record.path.name}_{number}_{one.kind}.npz" for number in range(2, len(wanted) + 2))
         path = next(folder / name for name in (*usual, *more) if (folder / name).absolute() not in claimed)
         claimed.add(path.absolute())
         yield path
@@ -301,7 +308,7 @@ def _best_file(file: Path, wanted: Wanted, trust: Trust) -> tuple[Path, Verdict]
     verdict = cache_files.judge(file, wanted, trust)
     if verdict in ("ours", "foreign"):
         return file, verdict
-    second = cache_files.names(wanted.record, wanted.fit.bucket)[1]
+    second = cache_files.names(wanted.record, wanted.fit.bucket, wanted.kind)[1]
     for name in (second, cache_files.old_name(wanted.record)):
         other = file.with_name(name)
         if other != file and (found := cache_files.judge(other, wanted, trust)) in ("ours", "foreign"):

@@ -9,8 +9,11 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -24,12 +27,15 @@ FORMAT_VERSION = 1
 ENTRY = "lorasmith"
 Latents = NDArray[np.float32]
 Verdict = Literal["ours", "foreign", "absent", "stale", "damaged"]
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
+ENTRIES = ("latents", "latents_flipped", "original_size", "crop_ltrb", ENTRY)
+_PARSING = Lock()
+"""numpy reads the heads of arrays with `ast`, which fails in several threads before Python 3.11.8 and 3.12.2."""
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Latents of one picture in one fit. `factor` is the side in pixels of one latent value."""
+    """Latents of one picture in one fit. `factor` is the side in pixels of one latent value; `kind` ends file names."""
 
     record: ImageRecord
     fit: Fit
@@ -39,6 +45,7 @@ class Wanted:
     dtype: str
     factor: int
     channels: int = 4
+    kind: str = "sd"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,12 +76,15 @@ class Trust:
     unchecked: bool = False
 
 
-def names(record: ImageRecord, bucket: Size) -> tuple[str, ...]:
-    """File names for a picture's latents, best first: usual, for a second bucket, for a stem that pictures share."""
+def names(record: ImageRecord, bucket: Size, kind: str) -> tuple[str, ...]:
+    """File names for a picture's latents, best first: usual, for a second bucket, for a stem that pictures share.
+
+    `kind` is `sd` or `sdxl`, as sd-scripts has it, so that both may lie side by side.
+    """
     size = f"{record.size[0]:04d}x{record.size[1]:04d}"
     second = f"{record.size[0]}x{record.size[1]}_{bucket[0]}x{bucket[1]}"
     bases = (record.path.stem, record.path.name)
-    return tuple(f"{base}_{middle}_sd.npz" for base in bases for middle in (size, second))
+    return tuple(f"{base}_{middle}_{kind}.npz" for base in bases for middle in (size, second))
 
 
 def old_name(record: ImageRecord) -> str:
@@ -98,18 +108,28 @@ def hash_arrays(arrays: dict[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
+def entries(path: Path, *names: str) -> dict[str, NDArray[Any]]:
+    """Those of the named entries that a file has; all of them if none is named.
+
+    Raises:
+        OSError and others of UNREADABLE: there is no such file, or it is damaged.
+    """
+    with _PARSING, np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in names or file.files if name in file.files}
+
+
 def judge(path: Path, wanted: Wanted, trust: Trust) -> Verdict:
     """Whether the file at `path` holds the wanted latents."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if ENTRY not in file.files:
-                return "foreign" if trust.foreign and _fits_foreign(file, path, wanted) else "stale"
-            said = json.loads(str(file[ENTRY]))
-            arrays = {name: file[name] for name in ("latents", "latents_flipped") if name in file.files}
+        found = entries(path, *ENTRIES)
+        if ENTRY not in found:
+            return "foreign" if trust.foreign and _fits_foreign(found, path, wanted) else "stale"
+        said = json.loads(str(found[ENTRY]))
     except FileNotFoundError:
         return "absent"
-    except _UNREADABLE:
+    except UNREADABLE:
         return "damaged"
+    arrays = {name: array for name, array in found.items() if name.startswith("latents")}
     if not isinstance(said, dict) or not all(array.shape == wanted.shape for array in arrays.values()):
         return "stale"
     if trust.unchecked:
@@ -131,11 +151,11 @@ def _hash_if_same_otherwise(said: dict[str, object], wanted: Wanted) -> str:
     return hash_file(wanted.record.path) if same else ""
 
 
-def _fits_foreign(file: Any, path: Path, wanted: Wanted) -> bool:
+def _fits_foreign(file: Mapping[str, NDArray[Any]], path: Path, wanted: Wanted) -> bool:
     """A file of another program: right shape, size and crop, an upright picture that is older than the file."""
     record = wanted.record
     needed = ["latents", "original_size", "crop_ltrb"] + (["latents_flipped"] if wanted.flipped else [])
-    if record.orientation != 1 or any(name not in file.files for name in needed):
+    if record.orientation != 1 or any(name not in file for name in needed):
         return False
     if not record.path.stat().st_mtime < path.stat().st_mtime:
         return False
@@ -157,9 +177,9 @@ def read(path: Path, flipped: bool) -> Latents:
         UserError: the file went away or was damaged since it was checked.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return np.asarray(file["latents_flipped" if flipped else "latents"], dtype=np.float32)
-    except _UNREADABLE as error:
+        name = "latents_flipped" if flipped else "latents"
+        return np.asarray(entries(path, name)[name], dtype=np.float32)
+    except UNREADABLE as error:
         wrong = f"cached latents can't be read ({error})"
         raise UserError.single(str(path), wrong, "start again to rebuild it") from error
 
@@ -176,18 +196,37 @@ def write(path: Path, wanted: Wanted, picture: str, latents: Latents, flipped: L
     arrays: dict[str, NDArray[Any]] = {"latents": latents}
     if flipped is not None:
         arrays["latents_flipped"] = flipped
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    said = {**wanted.description(picture), "arrays": hash_arrays(arrays)}
-    entries: dict[str, Any] = {
-        **arrays,
+    sizes = {
         "original_size": np.array(wanted.record.size),
         "crop_ltrb": np.array(legacy_crop(wanted.record.size, wanted.fit.bucket)),
-        ENTRY: np.array(json.dumps(said, sort_keys=True)),
     }
+    save(path, arrays, wanted.description(picture), sizes, memory_flag="--cache_latents")
+
+
+def save(
+    path: Path,
+    arrays: dict[str, NDArray[Any]],
+    description: dict[str, object],
+    other: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    *,
+    memory_flag: str,
+) -> None:
+    """Write arrays, with our entry that holds `description` and their hash, under a temporary name and rename it.
+
+    Args:
+        other: entries that the hash leaves out.
+        memory_flag: what a user may say to do without files.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    said = {**description, "arrays": hash_arrays(arrays)}
+    everything: dict[str, Any] = {**arrays, **other, ENTRY: np.array(json.dumps(said, sort_keys=True))}
     try:
         try:
             with temporary.open("wb") as file:
-                np.savez(file, **entries)
+                np.savez(file, **everything)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -195,5 +234,5 @@ def write(path: Path, wanted: Wanted, picture: str, latents: Latents, flipped: L
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        advice = "mend that, or use --cache_latents, which keeps them in memory"
+        advice = f"mend that, or use {memory_flag}, which keeps them in memory"
         raise UserError.single(str(path), f"can't be written ({error.strerror or error})", advice) from error

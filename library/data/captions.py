@@ -10,6 +10,7 @@ stands, the parts are joined as tags. Tags are joined by the separator that the 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,16 +42,45 @@ def process(text: str, spec: CaptionSpec, *, seed: int, epoch: int, key: str, re
         return ""
     lines = text.split("\n")
     text = lines[int(draws.integers(len(lines)))] if spec.wildcards and len(lines) > 1 else lines[0]
-    if spec.prefix:
-        text = f"{spec.prefix} {text}"
-    if spec.suffix:
-        text = f"{text} {spec.suffix}"
+    text = _with_affixes(text, spec)
     if spec.wildcards:
         text = _fill_wildcards(text, draws)
     text = _arrange_tags(text, spec, draws)
     if spec.secondary_separator:
         text = text.replace(spec.secondary_separator, spec.separator)
     return text
+
+
+def possible(text: str, spec: CaptionSpec) -> tuple[str, ...] | None:
+    """Every caption that `process` may make of a text, whatever is drawn; None where wildcards, shuffling or dropped
+    tags make more of them than are worth listing. Whole-caption dropout adds the empty one."""
+    if spec.dropout_rate >= 1 or spec.dropout_every_n_epochs == 1:
+        return ("",)
+    lines = text.split("\n")
+    if spec.wildcards and any(line != lines[0] or _has_choice(_with_affixes(line, spec)) for line in lines):
+        return None
+    flexible = _flexible_tags(_with_affixes(lines[0], spec), spec)
+    if (spec.shuffle and len(set(flexible)) > 1) or (0 < spec.tag_dropout_rate < 1 and flexible):
+        return None
+    plain = replace(spec, dropout_rate=0.0, dropout_every_n_epochs=0)
+    only = process(text, plain, seed=0, epoch=1, key="", repeat=0)
+    drops = spec.dropout_rate > 0 or spec.dropout_every_n_epochs > 0
+    return (only, "") if drops and only else (only,)
+
+
+def _with_affixes(text: str, spec: CaptionSpec) -> str:
+    if spec.prefix:
+        text = f"{spec.prefix} {text}"
+    return f"{text} {spec.suffix}" if spec.suffix else text
+
+
+def _protected(text: str) -> str:
+    """The text with stand-ins for literal braces."""
+    return text.replace("{{", _OPEN).replace("}}", _CLOSE)
+
+
+def _has_choice(text: str) -> bool:
+    return any(len(set(match[1].split("|"))) > 1 for match in _WILDCARD.finditer(_protected(text)))
 
 
 def _fill_wildcards(text: str, draws: np.random.Generator) -> str:
@@ -60,13 +90,12 @@ def _fill_wildcards(text: str, draws: np.random.Generator) -> str:
         parts = match.group(1).split("|")
         return parts[int(draws.integers(len(parts)))]
 
-    text = text.replace("{{", _OPEN).replace("}}", _CLOSE)
-    return _WILDCARD.sub(choose, text).replace(_OPEN, "{").replace(_CLOSE, "}")
+    return _WILDCARD.sub(choose, _protected(text)).replace(_OPEN, "{").replace(_CLOSE, "}")
 
 
 def _arrange_tags(text: str, spec: CaptionSpec, draws: np.random.Generator) -> str:
     """Shuffle and drop the flexible tags; text without anything to arrange stays as the user wrote it."""
-    marked = bool(spec.keep_tokens_separator) and spec.keep_tokens_separator in text
+    marked = _is_marked(text, spec)
     if not (spec.shuffle or spec.tag_dropout_rate > 0 or marked):
         return text
     head, flexible, tail = _parts(text, spec, marked)
@@ -76,6 +105,17 @@ def _arrange_tags(text: str, spec: CaptionSpec, draws: np.random.Generator) -> s
         kept = draws.random(len(flexible)) >= spec.tag_dropout_rate
         flexible = [tag for tag, keep in zip(flexible, kept, strict=True) if keep]
     return joiner(spec.separator).join([*head, *flexible, *tail])
+
+
+def _is_marked(text: str, spec: CaptionSpec) -> bool:
+    return bool(spec.keep_tokens_separator) and spec.keep_tokens_separator in text
+
+
+def _flexible_tags(text: str, spec: CaptionSpec) -> list[str]:
+    """The tags that shuffling and tag dropout act on; wildcards without a choice are filled in."""
+    if spec.wildcards:
+        text = _fill_wildcards(text, rng(0, "caption"))
+    return _parts(text, spec, _is_marked(text, spec))[1]
 
 
 def _parts(text: str, spec: CaptionSpec, marked: bool) -> tuple[list[str], list[str], list[str]]:

@@ -15,6 +15,7 @@ from library.data.buckets import Size
 from library.data.cache import LatentStore, to_unit_range
 from library.data.pixels import Pixels, read_pixels
 from library.data.plan import GlobalBatch, Plan, Sample
+from library.data.sizes import SizeConditioning, estimated, exact
 from library.options.specs import SubsetSpec
 
 
@@ -24,8 +25,9 @@ class Batch:
 
     `index` is the number of the global micro-batch in its epoch, `positions` are this share's places in it, and
     `global_size` is the number of samples over all processes. `bucket` is (width, height) in pixels. `names` are the
-    paths of the pictures. `loss_weights` is float32 (b,). Either `latents`, float32 (b, c, h, w), unscaled posterior
-    means, or `pixels`, float32 (b, 3, H, W) in [-1, 1], is there.
+    paths of the pictures. `loss_weights` is float32 (b,). `sizes` is float32 (b, 6), what data.sizes tells of each
+    picture. Either `latents`, float32 (b, c, h, w), unscaled posterior means, or `pixels`, float32 (b, 3, H, W) in
+    [-1, 1], is there.
     """
 
     epoch: int
@@ -36,6 +38,7 @@ class Batch:
     names: tuple[str, ...]
     captions: tuple[str, ...]
     loss_weights: torch.Tensor
+    sizes: torch.Tensor
     latents: torch.Tensor | None
     pixels: torch.Tensor | None
 
@@ -47,6 +50,7 @@ class Loader:
         latents: the store to take latents from; None reads pixels from the pictures.
         workers: threads that work ahead; 0 makes each batch when it is asked for.
         prior_loss_weight: loss weight of regularization samples; the others weigh 1.
+        exact_crops: `Batch.sizes` holds the true cuts, not sd-scripts' estimates.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Loader:
         latents: LatentStore | None = None,
         workers: int = 0,
         prior_loss_weight: float = 1.0,
+        exact_crops: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -67,6 +72,7 @@ class Loader:
         self.latents = latents
         self.workers = workers
         self.prior_loss_weight = prior_loss_weight
+        self.exact_crops = exact_crops
         self.rank = rank
         self.world_size = world_size
 
@@ -97,6 +103,7 @@ class Loader:
             names=tuple(str(record.path) for record in records),
             captions=tuple(self._caption(sample, epoch) for sample in samples),
             loss_weights=torch.tensor(weights, dtype=torch.float32),
+            sizes=self._sizes(samples, epoch),
             latents=None if self.latents is None else self._latents(self.latents, samples, epoch, batch.bucket),
             pixels=self._pixels(samples, epoch, batch.bucket) if self.latents is None else None,
         )
@@ -113,6 +120,15 @@ class Loader:
         record, fit = self.plan.records[sample.record], self.plan.fits[sample.record]
         subset = self._subset(sample)
         return augment.draw(subset, fit, seed=self.seed, epoch=epoch, key=record.key, repeat=sample.repeat)
+
+    def _sizes(self, samples: Sequence[Sample], epoch: int) -> torch.Tensor:
+        rows = [self._size(sample, epoch) for sample in samples]
+        return torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
+
+    def _size(self, sample: Sample, epoch: int) -> SizeConditioning:
+        record, fit = self.plan.records[sample.record], self.plan.fits[sample.record]
+        describe = exact if self.exact_crops else estimated
+        return describe(record.size, fit, self._augmentation(sample, epoch))
 
     def _latents(self, store: LatentStore, samples: Sequence[Sample], epoch: int, bucket: Size) -> torch.Tensor:
         if not samples:

@@ -5,15 +5,17 @@ Only shows what other modules found out. Lines about a run in progress go throug
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, median
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from library.data.buckets import Fit
+from library.data.caption_plan import TextForecast, TextUse, forecast, plan_captions, size_text
 from library.data.captions import process
 from library.data.plan import Plan
 from library.data.records import ImageRecord
@@ -23,6 +25,8 @@ from library.tokenizer import clip_tokenizer
 CHUNK = 75
 """Tokens of one row of a CLIP text encoder, without its start and end."""
 _CAPTION_WIDTH = 90
+Fragments = Callable[[str], Sequence[tuple[str, float]]]
+"""A caption -> its pieces, which are tokenized one by one, and their weights."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,27 @@ class TokenCounts:
     cut: tuple[CutCaption, ...]
 
 
-def show_data(scan: Scan, plan: Plan, *, seed: int, token_limit: int) -> None:
-    """All tables about the data. `token_limit` is `max_token_length` (75, 150 or 225)."""
+def show_data(
+    scan: Scan,
+    plan: Plan,
+    *,
+    seed: int,
+    token_limit: int,
+    fragments: Fragments | None = None,
+    text: TextUse | None = None,
+) -> None:
+    """All tables about the data.
+
+    Args:
+        token_limit: `max_token_length` (75, 150 or 225).
+        fragments: how captions are taken apart where they weigh words.
+        text: how the run gets its text conditioning; None leaves that table out.
+    """
     pictures_table(scan)
     captions_table(plan, seed=seed)
-    tokens_table(plan, seed=seed, limit=token_limit)
+    tokens_table(plan, seed=seed, limit=token_limit, fragments=fragments)
+    if text is not None:
+        text_table(forecast(plan_captions(plan), text, seed=seed))
     buckets_table(plan)
 
 
@@ -69,9 +89,9 @@ def pictures_table(scan: Scan) -> None:
         table.add_row("all", *_numbers(*sums), "")
     _print(table)
     for problem in scan.unreadable[:10]:
-        _line(f"unreadable: {problem}")
+        line(f"unreadable: {problem}")
     if len(scan.unreadable) > 10:
-        _line(f"unreadable: {len(scan.unreadable) - 10} more")
+        line(f"unreadable: {len(scan.unreadable) - 10} more")
 
 
 def captions_table(plan: Plan, *, seed: int, examples: int = 3) -> None:
@@ -83,17 +103,37 @@ def captions_table(plan: Plan, *, seed: int, examples: int = 3) -> None:
     _print(table)
 
 
-def tokens_table(plan: Plan, *, seed: int, limit: int) -> None:
+def text_table(found: TextForecast) -> None:
+    """How many captions an epoch has, how large they are once encoded, whether the memo holds them, what happens."""
+    size = found.use.caption_bytes
+    columns = (
+        "distinct captions",
+        "encoded ahead",
+        "through the memo",
+        "size of one",
+        "memo needs",
+        "memo holds",
+        "fits",
+    )
+    table = _table(f"Text, epoch {found.epoch}", columns)
+    counts = _numbers(len(found.distinct), len(found.kept), len(found.memo))
+    memo = [size_text(len(found.memo) * size), size_text(found.use.memo_bytes), "yes" if found.fits else "no"]
+    table.add_row(*counts, size_text(size), *(["-"] * 3 if found.use.trains else memo))
+    _print(table)
+    line(found.line())
+
+
+def tokens_table(plan: Plan, *, seed: int, limit: int, fragments: Fragments | None = None) -> None:
     """Tokens per caption, and which words the limit cuts."""
-    counts = count_tokens(plan, seed=seed, limit=limit)
+    counts = count_tokens(plan, seed=seed, limit=limit, fragments=fragments)
     table = _table("Tokens per caption", ("least", "median", "most", f"over {CHUNK}", f"cut at {limit}"))
     middle = f"{counts.median:g}"
     table.add_row(str(counts.minimum), middle, *_numbers(counts.maximum, counts.over_chunk, len(counts.cut)))
     _print(table)
     for cut in counts.cut[:5]:
-        _line(f"{cut.picture}: {cut.tokens} tokens, cut from: {_shorten(cut.cut)}")
+        line(f"{cut.picture}: {cut.tokens} tokens, cut from: {_shorten(cut.cut)}")
     if len(counts.cut) > 5:
-        _line(f"and {len(counts.cut) - 5} more captions")
+        line(f"and {len(counts.cut) - 5} more captions")
 
 
 def buckets_table(plan: Plan) -> None:
@@ -142,28 +182,41 @@ def network_table(rows: Sequence[tuple[str, int, str, int, float]]) -> None:
     """The network by part: (part, modules, rank and alpha, parameters, size of the file in bytes)."""
     table = _table("Network", ("part", "modules", "rank (alpha)", "parameters", "size"))
     for part, modules, rank, parameters, size in rows:
-        table.add_row(escape(part), str(modules), escape(rank), f"{parameters:,}", _size(size))
+        table.add_row(escape(part), str(modules), escape(rank), f"{parameters:,}", size_text(size))
     _print(table)
 
 
-def _size(count: float) -> str:
-    """Bytes in KiB or MiB."""
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+def count_tokens(plan: Plan, *, seed: int, limit: int, fragments: Fragments | None = None) -> TokenCounts:
+    """Tokens of every picture's caption as processed for the first showing, caption dropout aside.
 
-
-def count_tokens(plan: Plan, *, seed: int, limit: int) -> TokenCounts:
-    """Tokens of every picture's caption as processed for the first showing, caption dropout aside."""
+    With `fragments`, those of the pieces that it makes of a caption, without the signs of weights.
+    """
     texts = [_processed(plan, record, seed=seed, dropout=False) for record in plan.records]
-    unique = list(dict.fromkeys(texts))
+    pieces = {text: [piece for piece, _ in fragments(text)] if fragments else [text] for text in texts}
+    unique = list(dict.fromkeys(piece for some in pieces.values() for piece in some))
     encodings = dict(zip(unique, clip_tokenizer().encode_batch(unique, add_special_tokens=False), strict=True))
-    lengths = [len(encodings[text].ids) for text in texts] or [0]
+    counted = {text: _cut([(piece, encodings[piece]) for piece in some], limit) for text, some in pieces.items()}
+    lengths = [counted[text][0] for text in texts] or [0]
     cut = [
-        CutCaption(record.key, len(encodings[text].ids), text[encodings[text].offsets[limit][0] :])
+        CutCaption(record.key, *counted[text])
         for record, text in zip(plan.records, texts, strict=True)
-        if len(encodings[text].ids) > limit
+        if counted[text][0] > limit
     ]
     over = sum(length > CHUNK for length in lengths)
     return TokenCounts(min(lengths), float(median(lengths)), max(lengths), over, tuple(cut))
+
+
+def _cut(pieces: Sequence[tuple[str, Any]], limit: int) -> tuple[int, str]:
+    """Tokens of all pieces together, and the text from the first token on that is beyond `limit`."""
+    tokens, rest = 0, ""
+    for text, encoding in pieces:
+        start = limit - tokens
+        tokens += len(encoding.ids)
+        if start <= 0:
+            rest += text
+        elif tokens > limit:
+            rest = text[encoding.offsets[start][0] :]
+    return tokens, rest if tokens > limit else ""
 
 
 def _processed(plan: Plan, record: ImageRecord, *, seed: int, dropout: bool) -> str:
@@ -221,5 +274,6 @@ def _print(table: Table) -> None:
     _console().print(table)
 
 
-def _line(text: str) -> None:
+def line(text: str) -> None:
+    """One line between the tables."""
     _console().print(text, markup=False, soft_wrap=True)

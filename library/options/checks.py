@@ -73,7 +73,7 @@ def check(options: Options, bad: frozenset[str]) -> Checked:
 
 def _required(options: Options) -> Iterator[Problem]:
     wanted = {
-        "pretrained_model_name_or_path": "give the base model: a .safetensors file or a diffusers folder",
+        "pretrained_model_name_or_path": "give the base model: a checkpoint file, a diffusers folder or a hub id",
         "output_dir": "give the folder for the results",
         "network_module": "give the network to train, such as networks.lora",
     }
@@ -186,8 +186,7 @@ def _what_is_trained(options: Options) -> Iterator[Problem]:
         yield Problem(places, "nothing would be left to train", "leave out one of the two")
         return
     unet = rates.learning_rate if rates.unet_lr is None else rates.unet_lr
-    text = (rates.text_encoder_lr or (rates.learning_rate,))[0]
-    trained = {"U-Net": unet, "text encoder": text}
+    trained = {"U-Net": unet, "text encoder": max(_text_rates(options))}
     if network.network_train_unet_only:
         del trained["text encoder"]
     if network.network_train_text_encoder_only:
@@ -195,6 +194,26 @@ def _what_is_trained(options: Options) -> Iterator[Problem]:
     if not any(trained.values()):
         parts = " and ".join(trained)
         yield Problem(options.where("learning_rate"), f"the learning rate of {parts} is 0: nothing would be trained")
+
+
+def _text_rates(options: Options) -> tuple[float, ...]:
+    """The learning rates of the text encoders, as far as they were given."""
+    return options.optimizer.text_encoder_lr or (options.optimizer.learning_rate,)
+
+
+def _text_encoders_train(options: Options) -> bool:
+    return not options.network.network_train_unet_only and any(_text_rates(options))
+
+
+def _text_cache(options: Options) -> Iterator[Problem]:
+    if not options.caching.cache_text_encoder_outputs or not _text_encoders_train(options):
+        return
+    to_disk = options.caching.cache_text_encoder_outputs_to_disk
+    where = options.where("cache_text_encoder_outputs" + ("_to_disk" if to_disk else ""))
+    advice = "add --network_train_unet_only, or leave the cache out"
+    if options.network.network_train_text_encoder_only:
+        advice = "leave the cache out"
+    yield Problem(where, "the outputs of text encoders that are trained can't be cached", advice)
 
 
 def _network(options: Options) -> Iterator[Problem]:
@@ -246,6 +265,8 @@ def _notices(options: Options) -> Iterator[str]:
         yield f"{options.where('network_args')}: dropout has no effect, because network_dropout counts"
     if options.training.resume_schedule is not None and options.training.resume is None:
         yield f"{options.where('resume_schedule')}: has no effect without --resume"
+    if "text_memo_mb" in options.explicit and _text_encoders_train(options):
+        yield f"{options.where('text_memo_mb')}: has no effect while text encoders are trained"
     sampling = options.sampling
     if sampling.sample_prompts and not (
         sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first
@@ -261,6 +282,7 @@ _CHECKS: tuple[Callable[[Options], Iterator[Any]], ...] = (
     _paths,
     _network,
     _what_is_trained,
+    _text_cache,
     _optimizer,
     _schedule,
     _timesteps,

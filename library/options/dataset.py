@@ -42,8 +42,15 @@ class Dataset(Group):
     caption_dropout_rate: float = honoured(0.0, "how often a caption is left empty", ge=0, le=1)
     caption_dropout_every_n_epochs: int = honoured(0, "leave all captions empty in every n-th epoch", ge=0)
     caption_tag_dropout_rate: float = honoured(0.0, "how often a tag is left out", ge=0, le=1)
+    weighted_captions: bool = honoured(
+        False, "captions may weigh words: (words:1.2), (words) for 1.1, [words] for 1/1.1; \\( is a plain bracket"
+    )
     flip_aug: bool = honoured(False, "mirror half of the samples")
     random_crop: bool = honoured(False, "crop at a random place, not in the middle; not with cached latents")
+    exact_crop_conditioning: bool = honoured(
+        False,
+        "tell SDXL models which part of each picture was really cut out, not an estimate from its size",
+    )
     max_data_loader_n_workers: int = honoured(
         8, "threads that prepare batches; the result is the same for any number", ge=0
     )
@@ -61,7 +68,6 @@ class Dataset(Group):
     alpha_mask: bool = refused(False, "use the alpha channel as a mask of the loss", _LATER)
     masked_loss: bool = refused(False, "multiply the loss by mask pictures", _LATER)
     conditioning_data_dir: str | None = refused(None, "folder of mask pictures", _LATER)
-    weighted_captions: bool = refused(False, "captions with (words:1.2)", _LATER)
     debug_dataset: bool = refused(False, "show samples and stop", "use --dry_run")
     dataset_class: str | None = refused(None, "a dataset class of your own", "use --dataset_config or folders")
     validation_split: float = refused(0.0, "share of the pictures kept for validation", _LATER)
@@ -83,7 +89,16 @@ class Caching(Group):
     skip_cache_check: bool = honoured(
         False, "take cached latents at their word: neither pictures nor arrays are hashed to see whether they still fit"
     )
-    cache_text_encoder_outputs: bool = refused(False, "cache text encoder outputs", "only for SDXL, not supported yet")
-    cache_text_encoder_outputs_to_disk: bool = refused(
-        False, "cache text encoder outputs on disk", "only for SDXL, not supported yet"
+    cache_text_encoder_outputs: bool = honoured(
+        False,
+        "encode captions once, before training, and free the text encoders; captions that vary are encoded when they "
+        "come. The text encoders can't be trained then",
+    )
+    cache_text_encoder_outputs_to_disk: bool = honoured(
+        False, "the same, kept in _te_outputs.npz files beside the pictures"
+    )
+    text_memo_mb: int = honoured(
+        256,
+        "MiB of encoded captions to keep, so that one that comes again isn't encoded again (0: only the last)",
+        ge=0,
     )

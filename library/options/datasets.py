@@ -226,7 +226,7 @@ def _add(
     resolution, resolution_where = lookup.find("resolution")
     if resolution is None:
         if "resolution" not in bad and not any("resolution" in table.bad for table in lookup.tables):
-            advice = "SD1 models were made for --resolution 512,512"
+            advice = "models were made for --resolution 512,512 (SD1, SD2), 768,768 (SD2 768-v) or 1024,1024 (SDXL)"
             found.problems.append(Problem("--resolution", "the size of training pictures is missing", advice))
         return
     steps = lookup["bucket_reso_steps"]

@@ -15,7 +15,7 @@ _PROGRAMS: Mapping[str, str] = {
         flux1_cache_text_encoder_outputs flux1_cache_text_encoder_outputs_to_disk split_mode
     """,
     "scripts for other kinds of models": """
-        t5xxl clip_l clip_g ae gemma2 qwen3 text_encoder byt5 dit llm_adapter_path t5_tokenizer_path
+        t5xxl clip_l clip_g ae gemma2 qwen3 byt5 dit llm_adapter_path t5_tokenizer_path
         controlnet_model_name_or_path t5xxl_max_token_length gemma2_max_token_length qwen3_max_token_length
         t5_max_token_length t5xxl_device t5xxl_dtype text_encoder_dtype text_encoder_cpu apply_t5_attn_mask
         apply_lg_attn_mask guidance_scale timestep_sampling sigmoid_scale model_prediction_type discrete_flow_shift

@@ -5,17 +5,19 @@ from typing import Literal
 from library.options.flags import Group, equivalent, honoured, refused
 
 _SDPA = "attention always uses torch's scaled-dot-product kernels"
-_READ = "only SD1 models that predict noise are supported yet; what a model is, is read from its checkpoint"
 
 
 class Model(Group):
     """Base model"""
 
     pretrained_model_name_or_path: str | None = honoured(
-        None, "the base model: a .safetensors checkpoint or a diffusers folder", metavar="PATH"
+        None, "the base model (SD1, SD2 or SDXL): a checkpoint file, a diffusers folder or a hub id", metavar="PATH"
     )
     clip_skip: int | None = honoured(
-        None, "take the text encoder's output n layers before its end (1 = the last layer, the default)", ge=1
+        None,
+        "take text from the n-th last layer of the text encoders (default: 1, the last; 2 for SDXL, whose pooled "
+        "output always comes from the last)",
+        ge=1,
     )
     max_token_length: Literal[150, 225] | None = honoured(
         None, "tokens per caption, in rows of 75; longer captions are cut (default: 75)", synonyms={75: None}
@@ -27,13 +29,35 @@ class Model(Group):
         False, "keep less in memory and compute it again when it is needed (slower)"
     )
     deterministic: bool = honoured(False, "on CUDA, use only kernels that give the same bits every time (slower)")
-    vae: str | None = refused(
-        None, "another VAE", "the base model's own VAE is used; convert the model with the other one"
+    vae: str | None = honoured(
+        None,
+        "take the VAE from here: a file (a VAE, or a whole model), a diffusers folder or a hub id",
+        metavar="PATH",
     )
-    v2: bool = refused(False, "the base model is of the SD2 family", _READ)
-    v_parameterization: bool = refused(False, "the base model predicts v", _READ)
+    text_encoder: str | None = honoured(
+        None,
+        "take the text encoders from this base model of the same family; for files that hold none",
+        metavar="PATH",
+    )
+    variant: str | None = honoured(
+        None,
+        "which of a diffusers folder's weights to read, such as fp16 (default: those without a name)",
+        metavar="NAME",
+    )
+    v2: bool = honoured(
+        False,
+        "the base model is an SD2 model; files show that by themselves, and it is refused where they show another",
+    )
+    v_parameterization: bool = honoured(
+        False,
+        "the base model predicts velocity (v); needed where neither the file nor its folder says so, refused where "
+        "they say otherwise",
+    )
+    ignore_model_hash: bool = honoured(
+        False, "use a model file although the hash in its own metadata isn't that of its content"
+    )
     tokenizer_cache_dir: str | None = equivalent(None, "where tokenizers are kept", "tokenizers come with the package")
-    no_half_vae: bool = honoured(False, "keep the VAE in float32 where --mixed_precision bf16 would run it in bfloat16")
+    no_half_vae: bool = honoured(False, "keep the VAE in float32 where --mixed_precision would run it in 16 bits")
     sdpa: bool = equivalent(False, "use scaled-dot-product attention", _SDPA)
     xformers: bool = equivalent(False, "use xformers' attention", _SDPA)
     mem_eff_attn: bool = equivalent(False, "use memory-saving attention", _SDPA)

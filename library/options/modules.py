@@ -23,6 +23,7 @@ LORA_ARGS: Mapping[str, Flag] = {
         Flag("module_dropout", "float", limits=(("ge", 0), ("lt", 1))),
     )
 }
+LYCORIS_ALGOS = ("locon", "lora", "loha", "lokr", "ia3", "dylora", "diag-oft", "boft", "glora", "full")
 LORA_REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         [
@@ -115,8 +116,12 @@ def pairs(items: Sequence[str], where: str) -> tuple[dict[str, str], list[Proble
 
 
 def check_network_args(module: str | None, items: Sequence[str], where: str) -> list[Problem]:
-    """Problems of --network_args; what the keys mean is known for `networks.lora` only (0 or None: no conv layers)."""
+    """Problems of --network_args; what the keys mean is known for `networks.lora` only (0 or None: no conv layers), and
+    of LyCORIS' settings its algorithm."""
     found, problems = pairs(items, where)
+    if module == "lycoris.kohya" and found.get("algo", "lora").lower() not in LYCORIS_ALGOS:
+        hint = nearest(found["algo"].lower(), LYCORIS_ALGOS) or f"known are {', '.join(LYCORIS_ALGOS)}"
+        problems.append(Problem(where, f"LyCORIS has no algo {found['algo']}", hint))
     if module != "networks.lora":
         return problems
     for key, value in found.items():

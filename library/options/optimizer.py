@@ -18,7 +18,9 @@ class Optimizer(Group):
     learning_rate: float = honoured(2e-6, "learning rate of parts that have none of their own", ge=0)
     unet_lr: float | None = honoured(None, "learning rate of the U-Net's part; 0 leaves it out", ge=0)
     text_encoder_lr: tuple[float, ...] | None = honoured(
-        None, "learning rate of the text encoder's part (a second one is for SDXL); 0 leaves it out", each_ge=0
+        None,
+        "learning rate of each text encoder's part: SDXL has two, and one value counts for both; 0 leaves one out",
+        each_ge=0,
     )
     max_grad_norm: float = honoured(1.0, "gradients longer than this are shortened; 0 leaves them alone", ge=0)
     lr_scheduler: Literal[

@@ -24,8 +24,9 @@ def parse(argv: Sequence[str]) -> Options:
     places = {**file.places, **{name: f"--{name}" for name in typed}}
     read, bad = _read({**file.values, **typed}, places, problems)
     notices = [*file.notices, *_judge(read, places, bad, problems)]
-    if read.get("cache_latents_to_disk"):
-        read["cache_latents"] = True
+    for cached in ("cache_latents", "cache_text_encoder_outputs"):
+        if read.get(f"{cached}_to_disk"):
+            read[cached] = True
     options = _build(read, places, notices)
     if options.config.output_config:
         _write(options, problems)

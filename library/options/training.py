@@ -53,9 +53,13 @@ class Loss(Group):
     )
     ip_noise_gamma: float | None = refused(None, "perturb the input", _LATER)
     ip_noise_gamma_random_strength: bool = refused(False, "draw --ip_noise_gamma", _LATER, needs="ip_noise_gamma")
-    zero_terminal_snr: bool = refused(False, "rescale the noise schedule to zero terminal SNR", _LATER)
+    zero_terminal_snr: bool = honoured(
+        False,
+        "rescale the noise schedule so that it ends in pure noise; on by itself where the base model says that it was "
+        "trained so, refused where it says otherwise",
+    )
     scale_v_pred_loss_like_noise_pred: bool = refused(
-        False, "weigh a v-prediction's loss", "v-prediction is not supported yet"
+        False, "weigh the loss of a v-prediction like that of a noise prediction", _LATER
     )
     v_pred_like_loss: float | None = refused(None, "add a v-prediction-like loss", _LATER)
     debiased_estimation_loss: bool = refused(

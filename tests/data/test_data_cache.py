@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,14 @@ def test_a_file_that_goes_away_while_training(folder: Path, make_spec: MakeSpec)
     (folder / "p0_0120x0032_sd.npz").unlink()
     with pytest.raises(UserError, match=r"p0_0120x0032_sd\.npz: cached latents can't be read"):
         store.get(0, False)
+
+
+def test_files_are_read_by_many_threads_at_a_time(folder: Path, make_spec: MakeSpec) -> None:
+    store, _ = build(plan_for(make_spec(folder)))
+    expected = [store.array(i, False) for i in range(5)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: store.array(i % 5, False), range(2000)))
+    assert all(np.array_equal(array, expected[i % 5]) for i, array in enumerate(found))
 
 
 def test_a_real_vae(folder: Path, make_spec: MakeSpec) -> None:

@@ -48,7 +48,7 @@ def pixels_of(batch: Batch) -> torch.Tensor:
 
 def same(left: Batch, right: Batch) -> bool:
     plain = ("epoch", "index", "bucket", "positions", "global_size", "names", "captions")
-    tensors = ("loss_weights", "latents", "pixels")
+    tensors = ("loss_weights", "sizes", "latents", "pixels")
     for name in tensors:
         one, other = getattr(left, name), getattr(right, name)
         if (one is None) != (other is None) or (one is not None and not torch.equal(one, other)):

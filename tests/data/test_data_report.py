@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from library.data import report, sources
+from library.data.caption_plan import TextUse
 from library.data.plan import Plan, build_plan
 from library.options.specs import CaptionSpec
 from library.tokenizer import clip_tokenizer
@@ -85,6 +86,58 @@ def test_token_counts_and_cut_words(scanned: Callable[..., tuple[sources.Scan, P
     assert report.count_tokens(plan, seed=1, limit=counts.maximum).cut == ()
 
 
+def test_tokens_of_weighted_captions_are_those_of_their_pieces(
+    scanned: Callable[..., tuple[sources.Scan, Plan]],
+) -> None:
+    """The signs of weights are no words, and a piece starts a word of its own."""
+
+    def fragments(text: str) -> list[tuple[str, float]]:
+        middle = len(text) // 2
+        return [(text[:middle], 1.0), (text[middle:], 1.2)] if text else []
+
+    def tokens(text: str) -> int:
+        return sum(len(clip_tokenizer().encode(piece, add_special_tokens=False).ids) for piece, _ in fragments(text))
+
+    _, plan = scanned()
+    long = plan.records[2].caption
+    counts = report.count_tokens(plan, seed=1, limit=75, fragments=fragments)
+    assert counts.maximum == tokens(long)
+    for limit in (0, 5, 75, tokens(long) - 1):
+        cut = {one.picture: one for one in report.count_tokens(plan, seed=1, limit=limit, fragments=fragments).cut}
+        assert cut["p2.png"].tokens == tokens(long)
+        assert long.endswith(cut["p2.png"].cut)
+        assert (
+            0
+            <= tokens(long) - limit - len(clip_tokenizer().encode(cut["p2.png"].cut, add_special_tokens=False).ids)
+            <= 1
+        )
+    assert report.count_tokens(plan, seed=1, limit=75, fragments=lambda _: []).maximum == 0
+
+
+@pytest.mark.parametrize(
+    ("use", "row", "line"),
+    [
+        (TextUse(2**20, 2**22), ["4", "0", "4", "1.0 MiB", "4.0 MiB", "4.0 MiB", "yes"], "where all fit"),
+        (TextUse(2**20, 2**20), ["4", "0", "4", "1.0 MiB", "4.0 MiB", "1.0 MiB", "no"], "some are encoded again"),
+        (TextUse(2**20, 0, trains=True), ["4", "0", "0", "1.0 MiB", "-", "-", "-"], "an encoder is trained"),
+        (TextUse(2**20, 0, ahead=True), ["4", "4", "0", "1.0 MiB", "0 KiB", "0 KiB", "yes"], "are released"),
+    ],
+)
+def test_text_of_an_epoch(
+    scanned: Callable[..., tuple[sources.Scan, Plan]],
+    capsys: pytest.CaptureFixture[str],
+    use: TextUse,
+    row: list[str],
+    line: str,
+) -> None:
+    found, plan = scanned()
+    report.show_data(found, plan, seed=1, token_limit=75, text=use)
+    said = capsys.readouterr().out
+    cells = [[cell.strip() for cell in text.split("│")[1:-1]] for text in said.splitlines()]
+    assert row in cells, said
+    assert line in said
+
+
 def test_dropout_does_not_hide_tokens(scanned: Callable[..., tuple[sources.Scan, Plan]]) -> None:
     plain = report.count_tokens(scanned()[1], seed=1, limit=75)
     dropped = report.count_tokens(scanned(caption=CaptionSpec(dropout_rate=1.0))[1], seed=1, limit=75)
@@ -105,6 +158,7 @@ def test_no_heavy_import_and_soon(tmp_path: Path, make_picture: MakePicture, rep
 import sys
 from pathlib import Path
 from library.data import report, sources
+from library.data.caption_plan import TextUse
 from library.data.plan import build_plan
 from library.options.specs import DatasetSpec, SubsetSpec
 specs = [DatasetSpec(4, (512, 512), (SubsetSpec(Path({str(folder)!r}), 10),), enable_bucket=True)]

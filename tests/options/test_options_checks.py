@@ -8,7 +8,7 @@ import pytest
 
 from library.errors import UserError
 from library.options import parse
-from library.options.modules import find_module
+from library.options.modules import LYCORIS_ALGOS, check_network_args, find_module
 
 
 @pytest.fixture
@@ -48,6 +48,16 @@ def test_what_a_run_can_not_do_without(base: list[str], flag: str) -> None:
         ("--learning_rate 0", "--learning_rate: the learning rate of U-Net and text encoder is 0"),
         ("--unet_lr 0 --network_train_unet_only", "the learning rate of U-Net is 0"),
         ("--text_encoder_lr 1 1 1", "more than two learning rates"),
+        ("--unet_lr 0 --text_encoder_lr 0 0", "the learning rate of U-Net and text encoder is 0"),
+        (
+            "--cache_text_encoder_outputs",
+            "--cache_text_encoder_outputs: the outputs of text encoders that are trained can't be cached; "
+            "add --network_train_unet_only",
+        ),
+        ("--cache_text_encoder_outputs_to_disk --text_encoder_lr 0 1", "_to_disk: the outputs of text encoders that"),
+        ("--cache_text_encoder_outputs --network_train_text_encoder_only", "can't be cached; leave the cache out"),
+        ("--text_memo_mb -1", "--text_memo_mb: -1 is out of range: it must be at least 0"),
+        ("--scale_v_pred_loss_like_noise_pred", "not supported yet; leave it out"),
         ("--sample_every_n_steps 5", "--sample_every_n_steps: previews need prompts; add --sample_prompts FILE"),
         ("--sample_at_first", "--sample_at_first: previews need prompts"),
         ("--sample_at_first --sample_prompts /no/such.txt", "--sample_prompts: there is no file /no/such.txt"),
@@ -75,6 +85,11 @@ def test_what_a_run_can_not_do_without(base: list[str], flag: str) -> None:
         ("--network_args block_dims=4,4", "block_dims is no setting that networks.lora has; not supported yet"),
         ("--network_args algo=loha", "it belongs to --network_module lycoris.kohya"),
         ("--network_args conv_dim", "'conv_dim' is no key=value"),
+        (
+            "--network_module lycoris.kohya --network_args algo=lohaa",
+            "--network_args: LyCORIS has no algo lohaa; did you mean loha?",
+        ),
+        ("--network_module lycoris.kohya --network_args algo=x", "known are locon, lora, loha, lokr, ia3, dylora,"),
         ("--train_batch_size 0", "--train_batch_size: 0 is out of range: it must be at least 1"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps: 0 is out of range"),
         ("--max_train_steps 0", "--max_train_steps: 0 is out of range"),
@@ -103,6 +118,11 @@ def test_each_mistake_has_its_message(base: list[str], argv: str, message: str) 
         "--resume latest --resume_schedule keep",
         "--learning_r 1e-4 --network_di=4",
         "--min_timestep 0 --max_timestep 1",
+        "--unet_lr 0 --text_encoder_lr 0 1e-4",
+        "--cache_text_encoder_outputs --network_train_unet_only --text_memo_mb 0",
+        "--cache_text_encoder_outputs --text_encoder_lr 0",
+        "--v2 --v_parameterization --zero_terminal_snr --weighted_captions --exact_crop_conditioning",
+        "--vae some/vae --text_encoder some/model --variant fp16 --ignore_model_hash",
     ],
 )
 def test_what_is_right_passes_without_a_word(base: list[str], argv: str) -> None:
@@ -125,6 +145,7 @@ def test_what_is_right_passes_without_a_word(base: list[str], argv: str) -> None
         ),
         ("--log_prefix x", "--log_prefix: has no effect without --logging_dir"),
         ("--resume_schedule keep", "--resume_schedule: has no effect without --resume"),
+        ("--text_memo_mb 64", "--text_memo_mb: has no effect while text encoders are trained"),
     ],
 )
 def test_what_has_no_effect_is_said_in_one_line(base: list[str], argv: str, message: str) -> None:
@@ -164,7 +185,16 @@ def test_ranks_from_weights_and_a_rank(base: list[str], tmp_path: Path) -> None:
 
 
 def test_caching_to_disk_is_caching(base: list[str]) -> None:
-    assert parse([*base, "--cache_latents_to_disk"]).caching.cache_latents
+    argv = [*base, "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"]
+    caching = parse(argv).caching
+    assert caching.cache_latents
+    assert caching.cache_text_encoder_outputs
+
+
+@pytest.mark.parametrize("algo", LYCORIS_ALGOS)
+def test_every_algo_of_lycoris_passes(algo: str) -> None:
+    where = "--network_args"
+    assert not check_network_args("lycoris.kohya", [f"algo={algo.upper()}", "dora_wd=True", "anything=1"], where)
 
 
 def test_a_network_module_is_found_without_running_it(

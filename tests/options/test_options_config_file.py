@@ -47,6 +47,13 @@ def test_a_false_in_the_file_takes_no_flag_away(base: list[str], tmp_path: Path)
     assert not options.dataset.flip_aug
 
 
+def test_a_switch_that_is_off_in_the_file_was_said_all_the_same(base: list[str], tmp_path: Path) -> None:
+    options = parse([*base, *_config(tmp_path, "v2 = false\nzero_terminal_snr = 0\nv_parameterization = true\n")])
+    assert (options.model.v2, options.loss.zero_terminal_snr, options.model.v_parameterization) == (False, False, True)
+    assert {"v2", "zero_terminal_snr", "v_parameterization"} <= options.explicit
+    assert "weighted_captions" not in options.explicit
+
+
 def test_sections_are_flattened_and_later_ones_win(base: list[str], tmp_path: Path) -> None:
     text = "seed = 1\n[first]\nseed = 2\nnetwork_dim = 4\n[second]\nseed = 3\n"
     options = parse([*base, *_config(tmp_path, text)])

@@ -13,7 +13,10 @@ from library.errors import UserError
 from library.options import Options, parse, setup_parser
 from library.options.registry import FLAGS
 
-_OURS = {"deterministic", "trust_foreign_caches", "resume_schedule", "dry_run"}
+_OURS = {
+    *("deterministic", "trust_foreign_caches", "resume_schedule", "dry_run", "text_encoder", "variant"),
+    *("ignore_model_hash", "text_memo_mb", "exact_crop_conditioning"),
+}
 _SHAPES = {"flag": {"flag"}, "int": {"int"}, "float": {"float"}, "int_or_float": {"steps"}, "Path": {"path"}}
 _TEXTS = {"str", "path", "size"}
 
@@ -39,6 +42,13 @@ def test_type_default_and_choices_are_those_of_sd_scripts(row: dict[str, str]) -
         assert set(flag.choices) == {choice for choice in json.loads(row["choices"]) if choice is not None}
     else:
         assert not flag.choices or flag.name == "lr_scheduler"
+
+
+@pytest.mark.parametrize(
+    "name", [row["flag"].removeprefix("--") for row in _theirs() if row["scripts"].split(",")[0].startswith("sdxl")]
+)
+def test_flags_that_only_the_sdxl_script_has_count_for_every_family(name: str) -> None:
+    assert FLAGS[name].kind in ("honoured", "equivalent")
 
 
 def test_every_flag_says_what_it_is_and_why_it_is_refused() -> None:

@@ -1,0 +1,142 @@
+"""Files of text conditioning beside the pictures: their names, what they hold, and whether one still fits.
+
+The layout is that of sd-scripts (`hidden_state1`, `hidden_state2`, `pool2`) with one entry more, `lorasmith`: JSON that
+says from which caption, with which text encoders, and at which length the arrays were made. sd-scripts' own files say
+nothing of the kind and are never used. Imports no torch; encoding captions is data.text_cache's.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from library.data import cache_files
+from library.data.cache_files import ENTRY, UNREADABLE, Verdict
+from library.errors import UserError
+
+FORMAT_VERSION = 1
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One caption's conditioning as numpy holds it.
+
+    `states` has an array (tokens, width) for each text encoder, `pooled` is (p,) or None; all float32 or float16.
+    `dtype` is that of the model, which may be one that numpy lacks.
+    """
+
+    states: tuple[NDArray[Any], ...]
+    pooled: NDArray[Any] | None
+    dtype: str
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays by their names in a file."""
+        found = {f"hidden_state{number}": states for number, states in enumerate(self.states, 1)}
+        if self.pooled is not None:
+            found[f"pool{len(self.states)}"] = self.pooled
+        return found
+
+
+class TextFiles:
+    """The files of the captions that are known ahead. Each picture has one; pictures may share a caption.
+
+    Args:
+        captions: pictures, each with its final caption.
+        encoder_id: names the text encoders, their precision and how they are used.
+        tokens: length of the conditioning: 77, 152 or 227.
+        widths: of the text encoders' states.
+    """
+
+    def __init__(
+        self, captions: Iterable[tuple[Path, str]], *, encoder_id: str, tokens: int, widths: Sequence[int]
+    ) -> None:
+        self.encoder_id, self.tokens, self.widths = encoder_id, tokens, tuple(widths)
+        files: dict[str, list[Path]] = defaultdict(list)
+        for path, caption in _claim(dict.fromkeys(captions)):
+            files[caption].append(path)
+        self.files = {caption: tuple(paths) for caption, paths in files.items()}
+
+    def __contains__(self, caption: str) -> bool:
+        return caption in self.files
+
+    def description(self, caption: str) -> dict[str, object]:
+        """All that the arrays depend on."""
+        return {
+            "format": FORMAT_VERSION,
+            "caption": hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest(),
+            "encoder": self.encoder_id,
+            "tokens": self.tokens,
+            "widths": list(self.widths),
+        }
+
+    def judge(self, path: Path, caption: str) -> Verdict:
+        """Whether the file at `path` holds the conditioning of `caption`; `foreign` is another program's."""
+        try:
+            said, arrays = _open(path)
+        except FileNotFoundError:
+            return "absent"
+        except UNREADABLE:
+            return "damaged"
+        if said is None:
+            return "foreign"
+        dtype = said.pop("dtype", None)
+        hashed = said.pop("arrays", None)
+        if said != self.description(caption) or dtype not in DTYPES:
+            return "stale"
+        if hashed != cache_files.hash_arrays(arrays):
+            return "damaged"
+        shapes = [getattr(arrays.get(f"hidden_state{n}"), "shape", None) for n in range(1, len(self.widths) + 1)]
+        return "ours" if shapes == [(self.tokens, width) for width in self.widths] else "stale"
+
+    def read(self, caption: str) -> Encoded:
+        """The conditioning of a caption whose files fit.
+
+        Raises:
+            UserError: its file went away or was damaged since it was checked.
+        """
+        path = self.files[caption][0]
+        try:
+            said, arrays = _open(path)
+            states = tuple(arrays[f"hidden_state{n}"] for n in range(1, len(self.widths) + 1))
+            return Encoded(states, arrays.get(f"pool{len(states)}"), str((said or {})["dtype"]))
+        except UNREADABLE as error:
+            wrong = f"cached text can't be read ({error})"
+            raise UserError.single(str(path), wrong, "start again to rebuild it") from error
+
+    def write(self, path: Path, caption: str, encoded: Encoded) -> None:
+        """Write one file whole, in place of whatever stood there.
+
+        Raises:
+            UserError: the file can't be written.
+        """
+        description = {**self.description(caption), "dtype": encoded.dtype}
+        cache_files.save(path, encoded.arrays(), description, memory_flag="--cache_text_encoder_outputs")
+
+
+def _open(path: Path) -> tuple[dict[str, object] | None, dict[str, NDArray[Any]]]:
+    """What a file says of itself (None if it has no entry of ours), and its arrays."""
+    arrays = cache_files.entries(path)
+    entry = arrays.pop(ENTRY, None)
+    said = None if entry is None else json.loads(str(entry))
+    if not isinstance(said, dict | None):
+        raise ValueError(f"{ENTRY} holds no table")
+    return said, arrays
+
+
+def _claim(captions: Iterable[tuple[Path, str]]) -> Iterator[tuple[Path, str]]:
+    """A file for each picture and caption, none twice: the usual name for the first picture of a stem."""
+    claimed: set[Path] = set()
+    for picture, caption in captions:
+        number = 1
+        path = picture.with_name(f"{picture.stem}_te_outputs.npz")
+        while path.absolute() in claimed:
+            path = picture.with_name(f"{picture.name}{f'_{number}' if number > 1 else ''}_te_outputs.npz")
+            number += 1
+        claimed.add(path.absolute())
+        yield path, caption
