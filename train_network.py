@@ -46,16 +46,16 @@ def _run(arguments: Sequence[str]) -> int:
     from library.training.interrupt import Interrupt, StoppedError
     from library.training.launcher import prepare_cpu_threads
     from library.training.phases import Phases
-    from library.weights.model_hash import BackgroundHash
+    from library.weights.model_hash import BackgroundHashes
 
     prepare_cpu_threads()
     phases = Phases()
     try:
         with Interrupt() as interrupt:
-            base_hash = BackgroundHash(prepared.model.path)
+            hashes = BackgroundHashes(prepared.model.path, prepared.model.vae_path)
             with phases.phase("start", "loading libraries"):
                 from library.training.session import train
-            return train(prepared, arguments, base_hash, interrupt, phases)
+            return train(prepared, arguments, hashes, interrupt, phases)
     except StoppedError as stop:
         console.say("stopped before the first step; nothing was trained yet")
         return stop.exit_code

@@ -1,8 +1,11 @@
 """Runs the scripts as a user does: real processes, one thread, no network."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,11 +30,37 @@ def run_script(*arguments: object, timeout: float = 240, **extra: str) -> subpro
     )
 
 
-def launch(*arguments: object, timeout: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Around:
+    """What a program is run inside of: words before its command, and variables of its environment."""
+
+    prefix: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def without_network() -> Around:
+    """A network of nothing but loopback: a namespace of its own where this user may have one, else a guard in Python.
+
+    The hub's own switch for offline work is left off: nothing may depend on it.
+    """
+    script = 'ip link set lo up && exec "$@"'
+    prefix = ("unshare", "-n", "sh", "-c", script, "sh")
+    offline = {"HF_HUB_OFFLINE": "0"}
+    if shutil.which("unshare") and shutil.which("ip"):
+        trial = subprocess.run([*prefix, "true"], capture_output=True, check=False)
+        if trial.returncode == 0:
+            return Around(prefix, offline)
+    guard = os.pathsep.join([str(ROOT / "tests" / "no_network"), str(ROOT)])
+    return Around((), {**offline, "PYTHONPATH": guard})
+
+
+def launch(
+    *arguments: object, timeout: float = 240, around: Around = Around(), **extra: str
+) -> subprocess.CompletedProcess[str]:
     """`accelerate launch --cpu --quiet train_network.py ...`; output is text."""
     return subprocess.run(
-        launch_command(*arguments),
-        env=environment(**extra),
+        [*around.prefix, *launch_command(*arguments)],
+        env=environment(**extra) | dict(around.variables),
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.programs import ROOT, environment
 
-LEAVES = {"library.errors", "library.rng", "library.console", "library.tokenizer"}
+LEAVES = {"library.errors", "library.rng", "library.console", "library.tokenizer", "library.conditioning"}
 BELOW = {
     "options": set(),
     "data": {"options"},
@@ -29,11 +29,15 @@ PLANNING = [
     "library.data.buckets",
     "library.data.plan",
     "library.data.report",
+    "library.data.caption_plan",
+    "library.data.sizes",
+    "library.data.text_files",
     "library.models.inspect",
     "library.models.lora_targets",
     "library.weights.model_hash",
     "library.training.prepare",
     "library.training.dry_run",
+    "library.training.text_use",
     "train_network",
 ]
 

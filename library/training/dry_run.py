@@ -2,9 +2,11 @@
 
 from library.data import report
 from library.models.lora_targets import parameter_count, ranked, targets
+from library.models.weighted import fragments
 from library.training.prepare import Prepared
 from library.training.state import SUFFIX
 from library.training.steps import Clock, SavePlan
+from library.training.text_use import CHUNK, text_use
 from networks.lora_args import parse
 
 BYTES = {None: 4, "float": 4, "fp16": 2, "bf16": 2}
@@ -14,7 +16,15 @@ SHOWN = 6
 def show(prepared: Prepared) -> None:
     """Print the tables of data, steps, files and network."""
     options, plan, clock = prepared.options, prepared.plan, prepared.clock
-    report.show_data(prepared.scan, plan, seed=prepared.seed, token_limit=options.model.max_token_length or 75)
+    report.line(prepared.model.line)
+    report.show_data(
+        prepared.scan,
+        plan,
+        seed=prepared.seed,
+        token_limit=options.model.max_token_length or CHUNK,
+        fragments=fragments if options.dataset.weighted_captions else None,
+        text=text_use(prepared),
+    )
     report.steps_table(
         samples=plan.samples_per_epoch,
         batches=clock.batches_per_epoch,
@@ -66,11 +76,16 @@ def _network_rows(prepared: Prepared) -> list[tuple[str, int, str, int, float]]:
         return [(f"{network.network_module}: {what}", 0, "-", 0, 0.0)]
     given = options.network_arguments()
     lora = parse(network.network_dim, network.network_alpha, given, neuron_dropout=network.network_dropout)
-    found = targets(prepared.model.unet_config, prepared.model.text_encoder_configs, conv=lora.conv_dim is not None)
-    trained = prepared.rates
+    model, rates = prepared.model, prepared.rates
+    found = targets(
+        model.unet_config, model.text_encoder_configs, conv=lora.conv_dim is not None, unet_key=model.family.unet_key
+    )
+    parts = [("unet", rates.unet, [target for target in found if target.part == "unet"])]
+    for number, (encoder, rate) in enumerate(zip(model.family.text_encoders, rates.text_encoders, strict=True)):
+        mine = [target for target in found if target.part == "text_encoder" and target.encoder == number]
+        parts.append((encoder.part, rate, mine))
     rows = []
-    for part, rate in (("unet", trained.unet), ("text_encoder", trained.text_encoder)):
-        chosen = [target for target in found if target.part == part]
+    for part, rate, chosen in parts:
         if rate:
             count = parameter_count(chosen, lora.dim, lora.conv_dim)
             modules = len(list(ranked(chosen, lora.dim, lora.conv_dim)))

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from library.conditioning import Conditioning
 from library.console import bar, warn
 from library.data.loader import Batch, Loader
 from library.rng import rng
@@ -29,8 +30,13 @@ class Denoiser(Protocol):
     latent_scale: float
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor: ...
-    def encode_prompts(self, captions: Sequence[str], memoise: bool) -> torch.Tensor: ...
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor: ...
+    def predict(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, sizes: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+Encode = Callable[[Sequence[str]], Conditioning]
+"""Captions -> their conditioning: the text encoders themselves where they train, else what keeps their outputs."""
 
 
 class NonFiniteLossError(Exception):
@@ -76,6 +82,7 @@ class Loop:
         self,
         settings: LoopSettings,
         model: Denoiser,
+        encode: Encode,
         trainable: Trainable,
         optimizer: torch.optim.Optimizer,
         objective: Objective,
@@ -86,7 +93,8 @@ class Loop:
         average: LossAverage,
         updates_done: int = 0,
     ) -> None:
-        self.settings, self.model, self.trainable, self.optimizer = settings, model, trainable, optimizer
+        self.settings, self.model, self.encode = settings, model, encode
+        self.trainable, self.optimizer = trainable, optimizer
         self.objective, self.loader, self.events = objective, loader, events
         self.processes, self.interrupt, self.average = processes, interrupt, average
         self.updates_done = updates_done
@@ -159,11 +167,10 @@ class Loop:
         latents = self._latents(batch)
         noise = draw_noise(latents.shape, at, self.settings.noise).to(device)
         timesteps = draw_timesteps(at, self.settings.noise).to(device)
-        trains_text = self.trainable.trains_text_encoder
-        with torch.set_grad_enabled(trains_text):
-            conditioning = self.model.encode_prompts(batch.captions, memoise=not trains_text)
+        with torch.set_grad_enabled(self.trainable.trains_text_encoder):
+            conditioning = self.encode(batch.captions)
         noisy = self.objective.add_noise(latents, noise, timesteps)
-        prediction = self.model.predict(noisy, timesteps, conditioning)
+        prediction = self.model.predict(noisy, timesteps, conditioning, batch.sizes)
         losses = self.objective.losses(prediction, self.objective.target(latents, noise, timesteps), timesteps)
         loss = (losses * batch.loss_weights.to(device)).sum() / (batch.global_size * group_size)
         self.scaler.scale(loss).backward()

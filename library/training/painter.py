@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.models.sd1 import Model
+from library.models.model import Model
+from library.training.loop import Encode
 from library.training.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -14,14 +15,15 @@ if TYPE_CHECKING:
 class ModelPainter:
     """Pictures from a model as it stands now; where a prompt names no size, the size that the model was trained for."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, model: Model, encode: Encode) -> None:
+        """`encode` gives the prompts' conditioning."""
+        self._model, self._encode = model, encode
         self.default_size = int(model.info.unet_config.get("sample_size", 64)) * model.vae_factor
 
     def paint(self, prompt: Prompt, seed: int) -> "Image":
         """One RGB picture; the same seed gives the same starting noise on every device."""
         side = self.default_size
-        draw = self._model.pipeline(prompt.sample_sampler or "ddim")
+        draw = self._model.pipeline(prompt.sample_sampler or "ddim", self._encode)
         result = draw(
             prompt.prompt,
             prompt.negative_prompt,

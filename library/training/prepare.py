@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,7 +19,8 @@ from library.data.sources import Scan, survey
 from library.errors import Problem, UserError
 from library.models import samplers
 from library.models.headers import read_header
-from library.models.inspect import ModelInfo, inspect
+from library.models.info import ModelInfo, Said
+from library.models.inspect import inspect
 from library.options import Options, load_datasets
 from library.options.specs import DatasetSpec
 from library.training.prompts import Prompt, read_prompts
@@ -30,16 +31,16 @@ Result = TypeVar("Result")
 MAY_CHANGE = (
     *("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "max_grad_norm"),
     *("noise_offset", "min_snr_gamma", "min_timestep", "max_timestep", "prior_loss_weight", "clip_skip"),
-    "max_token_length",
+    *("max_token_length", "weighted_captions", "exact_crop_conditioning"),
 )
 
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Rates of the two parts. A part whose rate is 0 is not trained: neither attached nor saved."""
+    """Rates of the U-Net and of each text encoder. What has the rate 0 is not trained: neither attached nor saved."""
 
     unet: float
-    text_encoder: float
+    text_encoders: tuple[float, ...]
 
     @property
     def trained(self) -> tuple[Literal["unet", "text_encoder"], ...]:
@@ -47,7 +48,7 @@ class LearningRates:
         parts: list[Literal["unet", "text_encoder"]] = []
         if self.unet:
             parts.append("unet")
-        if self.text_encoder:
+        if any(self.text_encoders):
             parts.append("text_encoder")
         return tuple(parts)
 
@@ -109,7 +110,9 @@ def prepare(options: Options) -> Prepared:
     collect = _Collector()
     output = options.output
     notices: list[str] = list(options.notices)
-    model = collect.attempt(lambda: inspect(str(options.model.pretrained_model_name_or_path)))
+    model = collect.attempt(lambda: _inspect(options))
+    if model:
+        collect.problems += _text_problems(options, model)
     specs = collect.attempt(lambda: load_datasets(options))
     found = survey(specs) if specs else None
     if found:
@@ -135,7 +138,9 @@ def prepare(options: Options) -> Prepared:
     resume = collect.attempt(lambda: _find_resume(options, notices))
     if collect.problems or not (model and specs and found and plan):
         raise UserError(collect.problems, [*notices, *(found.notices if found else ())])
-    notices += found.notices
+    notices += [*found.notices, *_without_effect(options, model)]
+    if not options.config.dry_run:
+        notices.append(model.line)
     training = options.training
     clock = make_clock(
         plan.batches_per_epoch,
@@ -158,7 +163,8 @@ def prepare(options: Options) -> Prepared:
     seed, span = _seed(training.seed, resume), clock.total_updates
     if training.seed is None:
         notices.append(f"--seed {seed}" + ("" if resume else " was drawn for this run"))
-    settings = _settings(options, plan, model, clock, seed)
+    rates = _rates(options, len(model.text_encoder_configs))
+    settings = _settings(options, plan, model, clock, seed, rates)
     may_change = {name: str(options.value(name)) for name in MAY_CHANGE}
     if resume:
         check_same_run(resume.state, settings)
@@ -179,12 +185,52 @@ def prepare(options: Options) -> Prepared:
         schedule_total=span,
         settings=settings,
         may_change=may_change,
-        rates=_rates(options),
+        rates=rates,
         notices=tuple(notices),
     )
 
 
-def _settings(options: Options, plan: Plan, model: ModelInfo, clock: Clock, seed: int) -> dict[str, str]:
+def _inspect(options: Options) -> ModelInfo:
+    """The base model that the options name, with what its flags say of it."""
+    chosen = options.model
+
+    def said(name: str) -> bool | None:
+        return bool(options.value(name)) if name in options.explicit else None
+
+    return inspect(
+        str(chosen.pretrained_model_name_or_path),
+        said=Said(said("v2"), said("v_parameterization"), said("zero_terminal_snr")),
+        vae=chosen.vae,
+        text_encoder=chosen.text_encoder,
+        variant=chosen.variant,
+        check_hash=not chosen.ignore_model_hash,
+    )
+
+
+def _text_problems(options: Options, model: ModelInfo) -> list[Problem]:
+    """What the model's text encoders don't have."""
+    problems = []
+    configs, rates = model.text_encoder_configs, options.optimizer.text_encoder_lr or ()
+    if len(rates) > len(configs):
+        wrong = f"{len(rates)} learning rates, but {model.family.title} models have one text encoder"
+        problems.append(Problem(options.where("text_encoder_lr"), wrong, "give one"))
+    layers = min(int(config.get("num_hidden_layers", 12)) for config in configs)
+    skipped = options.model.clip_skip
+    if skipped is not None and skipped > layers:
+        wrong = f"{skipped} is more than the text encoder's {layers} layers"
+        problems.append(Problem(options.where("clip_skip"), wrong, "1 and 2 are usual"))
+    return problems
+
+
+def _without_effect(options: Options, model: ModelInfo) -> Iterator[str]:
+    """Lines about flags that do nothing for this family."""
+    if options.dataset.exact_crop_conditioning and not model.family.takes_sizes:
+        yield f"--exact_crop_conditioning: has no effect, {model.family.title} models aren't told sizes and crops"
+
+
+def _settings(
+    options: Options, plan: Plan, model: ModelInfo, clock: Clock, seed: int, rates: LearningRates
+) -> dict[str, str]:
     """What a resumed run must share with the one that it goes on from."""
     network, optimizer = options.network, options.optimizer
     shape = {
@@ -194,12 +240,14 @@ def _settings(options: Options, plan: Plan, model: ModelInfo, clock: Clock, seed
         "dropout": network.network_dropout,
         "args": sorted(network.network_args or ()),
         "dim_from_weights": str(network.network_weights) if network.dim_from_weights else None,
-        "parts": _rates(options).trained,
+        "parts": rates.trained,
+        "text encoders": [rate != 0 for rate in rates.text_encoders],
     }
     return {
         "seed": str(seed),
         "data": plan.fingerprint(),
         "base model": _model_fingerprint(model),
+        "prediction": f"{model.prediction_type or 'probed'}, zero terminal SNR {model.zero_terminal_snr}",
         "batch size over all processes": "+".join(str(plan.global_batch_size(n)) for n in range(len(plan.datasets))),
         "gradient_accumulation_steps": str(clock.accumulation),
         "network": json.dumps(shape),
@@ -233,13 +281,15 @@ def _random_crops(specs: tuple[DatasetSpec, ...]) -> list[Problem]:
     return [Problem(subset.where or str(subset.image_dir), wrong, "turn one of them off") for subset in subsets]
 
 
-def _rates(options: Options) -> LearningRates:
+def _rates(options: Options, encoders: int) -> LearningRates:
+    """The rates that the flags give; one rate for text encoders counts for each of them."""
     optimizer, network = options.optimizer, options.network
     unet = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
-    text_encoder = optimizer.text_encoder_lr[0] if optimizer.text_encoder_lr else optimizer.learning_rate
+    given = optimizer.text_encoder_lr or (optimizer.learning_rate,)
+    text = given if len(given) == encoders else given[:1] * encoders
     return LearningRates(
         0.0 if network.network_train_text_encoder_only else unet,
-        0.0 if network.network_train_unet_only else text_encoder,
+        (0.0,) * encoders if network.network_train_unet_only else tuple(text),
     )
 
 

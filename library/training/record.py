@@ -24,7 +24,7 @@ from library.weights.metadata import (
     lora_metadata,
     training_metadata,
 )
-from library.weights.model_hash import BackgroundHash
+from library.weights.model_hash import BackgroundHashes
 
 _TEXTS = (
     *("author", "description", "license", "tags", "usage_hint", "thumbnail", "merged_from", "trigger_phrase"),
@@ -39,13 +39,16 @@ class RunRecord:
         self,
         prepared: Prepared,
         version: str,
-        base_hash: BackgroundHash,
+        prediction_type: str,
+        hashes: BackgroundHashes,
         session_id: int,
         started_at: float,
         optimizer: str,
     ) -> None:
-        """`version` is the base model's, such as `sd_v1`; times are unix seconds; `optimizer` is its full label."""
-        self._base_hash = base_hash
+        """`version` and `prediction_type` are the base model's, such as `sd_v1` and `epsilon`; times are unix
+        seconds; `optimizer` is its full label."""
+        self._hashes = hashes
+        self._prediction_type = prediction_type
         self._prepared = prepared
         self._version = version
         plan, options = prepared.plan, prepared.options
@@ -53,7 +56,7 @@ class RunRecord:
             session_id=session_id,
             started_at=started_at,
             base_model_version=version,
-            base_model=FileFacts(prepared.model.path.name),
+            base_model=FileFacts(prepared.model.name),
             optimizer=optimizer,
             num_batches_per_epoch=plan.batches_per_epoch,
             num_epochs=prepared.clock.epochs,
@@ -69,12 +72,14 @@ class RunRecord:
         """All text of a file saved after `updates_done` updates; the file's own hashes are added when it is written."""
         prepared, now = self._prepared, time.time()
         options = prepared.options
+        rates = options.optimizer.text_encoder_lr or ()
         settings = replace(
             Settings.of(options.effective()),
+            v2=self._version.startswith("sd_v2"),
             seed=prepared.seed,
             max_train_steps=prepared.clock.total_updates,
-            zero_terminal_snr=bool(prepared.model.scheduler_config.get("rescale_betas_zero_snr")),
-            text_encoder_lr=next(iter(options.optimizer.text_encoder_lr or ()), None),
+            zero_terminal_snr=prepared.model.zero_terminal_snr,
+            text_encoder_lr=list(rates) if len(rates) > 1 else next(iter(rates), None),
         )
         progress = Progress(updates_done // prepared.clock.updates_per_epoch, updates_done, now)
         spec = ModelSpec(
@@ -83,14 +88,17 @@ class RunRecord:
             implementation_version=f"lorasmith/{library.__version__}",
             title=options.output.metadata_title or options.output.output_name,
             resolution=prepared.specs[0].resolution,
-            v_prediction=prepared.model.prediction_type == "v_prediction",
+            v_prediction=self._prediction_type == "v_prediction",
             min_timestep=options.loss.min_timestep,
             max_timestep=options.loss.max_timestep,
             clip_skip=options.model.clip_skip,
             texts=self._texts,
         )
-        hashed = FileFacts(prepared.model.path.name, *self._base_hash.result())
-        training = training_metadata(replace(self._facts, base_model=hashed), settings)
+        hashes = self._hashes.result()
+        facts = replace(self._facts, base_model=FileFacts(prepared.model.name, *hashes.base))
+        if hashes.vae is not None:
+            facts = replace(facts, vae=FileFacts(prepared.model.vae_name or "", *hashes.vae))
+        training = training_metadata(facts, settings)
         return lora_metadata(training, progress, spec, no_metadata=options.output.no_metadata)
 
 

@@ -16,12 +16,12 @@ from library.data.cache import LatentCache, LatentStore
 from library.data.loader import Loader
 from library.errors import UserError
 from library.models.load import load
-from library.models.sd1 import Model
+from library.models.model import Model
 from library.rng import rng
 from library.training.attach import attach_network
 from library.training.distributed import Processes, join_processes
 from library.training.interrupt import Interrupt
-from library.training.loop import Events, Loop, LoopSettings, NonFiniteLossError
+from library.training.loop import Encode, Events, Loop, LoopSettings, NonFiniteLossError
 from library.training.objective import NoiseSettings, Objective
 from library.training.optimizers import build_optimizer, parse_arguments
 from library.training.painter import ModelPainter
@@ -33,10 +33,11 @@ from library.training.saving import Saver
 from library.training.schedules import Curve, warmup_steps
 from library.training.state import RunState, load_tensors
 from library.training.steps import Save
+from library.training.text import text_source
 from library.training.tracking import LossAverage, NoTracker, TensorBoard, Tracker
 from library.training.trainable import NetworkTrainable
 from library.weights.check import BadWeightsError, check_file
-from library.weights.model_hash import BackgroundHash
+from library.weights.model_hash import BackgroundHashes
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,7 +52,7 @@ class Identity:
 
 
 def train(
-    prepared: Prepared, argv: Sequence[str], base_hash: BackgroundHash, interrupt: Interrupt, phases: Phases
+    prepared: Prepared, argv: Sequence[str], hashes: BackgroundHashes, interrupt: Interrupt, phases: Phases
 ) -> int:
     """Run to the end. Returns 0, 1 (the loss or the weights are no numbers, or a file can't be written), or 130 or 143
     (told to stop; weights and state are saved).
@@ -68,7 +69,12 @@ def train(
         latents = _cache_latents(prepared, model, processes)
     with phases.phase("network"):
         trainable = attach_network(prepared, model, processes.device)
-        loop, saver = _assemble(prepared, model, trainable, latents, base_hash, processes, interrupt, phases)
+    with phases.phase("text"):
+        encode, released = text_source(prepared, model, processes)
+        if released:
+            trainable.release_text_encoder()
+    with phases.phase("network"):
+        loop, saver = _assemble(prepared, model, encode, trainable, latents, hashes, processes, interrupt, phases)
     first = loop.updates_done
     try:
         with phases.phase("steps"):
@@ -102,14 +108,17 @@ def _compute_dtype(prepared: Prepared, processes: Processes) -> torch.dtype:
 
 
 def _load_model(prepared: Prepared, processes: Processes, dtype: torch.dtype) -> Model:
+    """The base model; a VAE that overflows in float16 computes in float32 there."""
     options = prepared.options.model
+    fragile = dtype == torch.float16 and prepared.model.family.fp16_fragile_vae
     return load(
         prepared.model,
         device=processes.device,
         dtype=dtype,
-        vae_dtype=torch.bfloat16 if dtype == torch.bfloat16 and not options.no_half_vae else torch.float32,
+        vae_dtype=torch.float32 if options.no_half_vae or fragile else dtype,
         clip_skip=options.clip_skip,
         max_token_length=options.max_token_length,
+        weighted=prepared.options.dataset.weighted_captions,
     )
 
 
@@ -126,6 +135,7 @@ def _cache_latents(prepared: Prepared, model: Model, processes: Processes) -> La
         vae_batch_size=caching.vae_batch_size,
         dtype=str(model.vae_dtype).removeprefix("torch."),
         channels=int(prepared.model.vae_config.get("latent_channels", 4)),
+        kind=prepared.model.family.latents_kind,
         trust_foreign=caching.trust_foreign_caches == "yes",
         skip_check=caching.skip_cache_check,
         threads=min(prepared.options.dataset.max_data_loader_n_workers, os.cpu_count() or 1),
@@ -147,9 +157,10 @@ def _tracker(prepared: Prepared, processes: Processes) -> Tracker:
 def _assemble(
     prepared: Prepared,
     model: Model,
+    encode: Encode,
     trainable: NetworkTrainable,
     latents: LatentStore | None,
-    base_hash: BackgroundHash,
+    hashes: BackgroundHashes,
     processes: Processes,
     interrupt: Interrupt,
     phases: Phases,
@@ -170,10 +181,19 @@ def _assemble(
         latents=latents,
         workers=options.dataset.max_data_loader_n_workers,
         prior_loss_weight=options.loss.prior_loss_weight,
+        exact_crops=options.dataset.exact_crop_conditioning,
         rank=processes.rank,
         world_size=processes.count,
     )
-    record = RunRecord(prepared, model.base_model_version, base_hash, identity.session_id, identity.started_at, label)
+    record = RunRecord(
+        prepared,
+        model.base_model_version,
+        model.prediction_type,
+        hashes,
+        identity.session_id,
+        identity.started_at,
+        label,
+    )
 
     def snapshot(updates_done: int) -> RunState:
         return RunState(
@@ -196,7 +216,7 @@ def _assemble(
         trainable,
         lambda: {"optimizer": optimizer.state_dict(), "scaler": loop.scaler.state_dict()},
         record.metadata,
-        lambda path: check_file(path, trainable.shapes(), trained_parts=prepared.rates.trained),
+        lambda path: check_file(path, trainable.file_shapes(), trained_parts=prepared.rates.trained),
         snapshot,
     )
 
@@ -205,13 +225,14 @@ def _assemble(
             saver.save(wanted, updates_done)
 
     preview = (
-        _preview(prepared, model, identity, output_dir, interrupt, phases)
+        _preview(prepared, model, encode, latents is None, identity, output_dir, interrupt, phases)
         if prepared.prompts and processes.is_main
         else None
     )
     loop = Loop(
         _loop_settings(prepared, len(model.alphas_cumprod)),
         model,
+        encode,
         trainable,
         optimizer,
         objective,
@@ -263,10 +284,18 @@ def _identity(prepared: Prepared) -> Identity:
 
 
 def _preview(
-    prepared: Prepared, model: Model, identity: Identity, output_dir: Path, interrupt: Interrupt, phases: Phases
+    prepared: Prepared,
+    model: Model,
+    encode: Encode,
+    keep_vae: bool,
+    identity: Identity,
+    output_dir: Path,
+    interrupt: Interrupt,
+    phases: Phases,
 ) -> Callable[[int], None]:
+    """What draws previews; without `keep_vae` the VAE's memory is given back after them."""
     writer = PreviewWriter(
-        ModelPainter(model),
+        ModelPainter(model, encode),
         prepared.prompts,
         output_dir / "sample",
         prepared.options.output.output_name,
@@ -281,6 +310,8 @@ def _preview(
         epoch = -(-updates_done // clock.updates_per_epoch) if by_epoch and updates_done else None
         with phases.phase("previews"):
             writer.draw(updates_done, epoch)
+            if not keep_vae:
+                model.release_vae()
 
     return draw
 

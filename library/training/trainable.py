@@ -15,6 +15,7 @@ from library.console import say
 from library.errors import UserError
 from library.training.objective import Coordinates
 from library.training.prepare import LearningRates
+from networks import foreign
 
 
 class Trainable(Protocol):
@@ -37,7 +38,12 @@ class NetworkTrainable:
     """Adapters of a network module on a U-Net and text encoder."""
 
     def __init__(
-        self, network: Any, unet: torch.nn.Module, text_encoder: Any, rates: LearningRates, default_rate: float
+        self,
+        network: Any,
+        unet: torch.nn.Module,
+        text_encoder: Any,
+        rates: LearningRates,
+        default_rate: float,
     ) -> None:
         """Attach `network` to the parts whose learning rate is not 0.
 
@@ -45,7 +51,7 @@ class NetworkTrainable:
             UserError: nothing is left to train.
         """
         self.network, self._unet, self._text_encoder = network, unet, text_encoder
-        self.trains_text_encoder = rates.text_encoder != 0
+        self.trains_text_encoder = any(rates.text_encoders)
         network.apply_to(text_encoder, unet, self.trains_text_encoder, rates.unet != 0)
         groups = self._parameter_groups(rates, default_rate)
         self.groups, self.descriptions = groups
@@ -57,10 +63,14 @@ class NetworkTrainable:
     def _parameter_groups(self, rates: LearningRates, default: float) -> tuple[list[dict[str, Any]], list[str]]:
         several = getattr(self.network, "prepare_optimizer_params_with_multiple_te_lrs", None)
         if several is not None:
-            return self._named(several([rates.text_encoder], rates.unet, default))
+            return self._named(several(list(rates.text_encoders), rates.unet, default))
+        if len(set(rates.text_encoders)) > 1:
+            wrong = "this network module has one rate for all text encoders"
+            raise UserError.single("--text_encoder_lr", wrong, "give one rate")
         prepare = self.network.prepare_optimizer_params
         takes_default = len(inspect.signature(prepare).parameters) > 2
-        arguments = (rates.text_encoder, rates.unet, default) if takes_default else (rates.text_encoder, rates.unet)
+        text_encoder = rates.text_encoders[0]
+        arguments = (text_encoder, rates.unet, default) if takes_default else (text_encoder, rates.unet)
         return self._named(prepare(*arguments))
 
     @staticmethod
@@ -83,8 +93,11 @@ class NetworkTrainable:
 
     def load_weights(self, path: Path) -> None:
         """Start from a file of this module (`--network_weights`); its alpha counts."""
-        said = self.network.load_weights(str(path))
-        say(said if isinstance(said, str) else f"weights loaded from {path}")
+        say(self.network.load_weights(str(path)))
+
+    def release_text_encoder(self) -> None:
+        """Forget the text encoders, which nothing of this is attached to, so that their memory can be given back."""
+        self._text_encoder = None
 
     def prepare(self) -> None:
         self.network.prepare_grad_etc(self._text_encoder, self._unet)
@@ -104,8 +117,8 @@ class NetworkTrainable:
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.network.state_dict()
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what stands in a state and in a file."""
+    def file_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Names and shapes of what stands in a file; None where only the module knows."""
         return {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -114,3 +127,29 @@ class NetworkTrainable:
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str]) -> None:
         """Write one `.safetensors`; the module adds its hashes to a copy of `metadata`."""
         self.network.save_weights(str(path), dtype, dict(metadata))
+
+
+class ForeignTrainable(NetworkTrainable):
+    """A network of a module that isn't of this repository: its files need not hold its whole state."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return foreign.exact_state(self.network)
+
+    def file_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        return None
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        foreign.load_exact_state(self.network, tensors)
+
+    def load_weights(self, path: Path) -> None:
+        """Start from a file of the same module.
+
+        Raises:
+            UserError: the file holds keys that this network has no place for.
+        """
+        said = self.network.load_weights(str(path))
+        unexpected = list(said.get("unexpected keys", ())) if isinstance(said, Mapping) else []
+        if unexpected:
+            wrong = f"{path}: {len(unexpected)} of its keys have no place in this network, e.g. {unexpected[0]}"
+            raise UserError.single("--network_weights", wrong, "give the --network_args that the file was trained with")
+        say(f"weights loaded from {path}")

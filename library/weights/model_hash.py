@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 IS_A_FOLDER = "IsADirectory"
@@ -41,18 +42,31 @@ def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
     return _sha256_memo[known]
 
 
-class BackgroundHash:
-    """Both hashes of a model file, worked out by a thread while libraries load, which keep one core busy."""
+def _both(path: Path) -> tuple[str, str]:
+    return legacy_hash(path), sha256(path)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+
+@dataclass(frozen=True)
+class ModelHashes:
+    """Of a base model and, where one was named, of another VAE: (8-digit legacy hash, SHA-256)."""
+
+    base: tuple[str, str]
+    vae: tuple[str, str] | None
+
+
+class BackgroundHashes:
+    """The hashes of model files, worked out by a thread while libraries load, which keep one core busy."""
+
+    def __init__(self, base: Path, vae: Path | None = None) -> None:
+        self._base, self._vae = base, vae
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
-        self._found = legacy_hash(self._path), sha256(self._path)
+        vae = None if self._vae is None else _both(self._vae)
+        self._found = ModelHashes(_both(self._base), vae)
 
-    def result(self) -> tuple[str, str]:
-        """(legacy hash, SHA-256); waits for them if need be."""
+    def result(self) -> ModelHashes:
+        """All hashes; waits for them if need be."""
         self._thread.join()
         return self._found

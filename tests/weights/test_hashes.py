@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 
 from library.weights.hashes import lora_hashes
-from library.weights.model_hash import IS_A_FOLDER, BackgroundHash, legacy_hash, sha256
+from library.weights.model_hash import IS_A_FOLDER, BackgroundHashes, legacy_hash, sha256
 
 
 @pytest.mark.parametrize("rows", [1, 3000, 40000])
@@ -52,4 +52,6 @@ def test_a_short_file_has_the_hash_of_nothing_and_a_folder_none(tmp_path: Path) 
 def test_hashes_in_the_background_are_the_same(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(range(256)) * 5000)
-    assert BackgroundHash(path).result() == (legacy_hash(path), sha256(path))
+    hashes = BackgroundHashes(path, path).result()
+    assert hashes.base == hashes.vae == (legacy_hash(path), sha256(path))
+    assert BackgroundHashes(path).result().vae is None

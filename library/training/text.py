@@ -1,0 +1,50 @@
+"""Where a run's text conditioning comes from: the text encoders while they train, else a store of their outputs."""
+
+from library.console import say
+from library.data.caption_plan import forecast, plan_captions
+from library.data.text_cache import TextStore
+from library.data.text_files import TextFiles
+from library.models.model import Model
+from library.models.prompts import ROW, WORDS
+from library.training.distributed import Processes
+from library.training.loop import Encode
+from library.training.prepare import Prepared
+from library.training.text_use import text_use
+
+
+def text_source(prepared: Prepared, model: Model, processes: Processes) -> tuple[Encode, bool]:
+    """What gives captions and prompts their conditioning, and whether the text encoders could be let go for it.
+
+    With `--cache_text_encoder_outputs` every caption that never varies is encoded here, and previews' prompts too.
+
+    Raises:
+        UserError: a text encoder gave NaN, or a file can't be written.
+    """
+    use = text_use(prepared)
+    if use.trains:
+        return model.encode_prompts, False
+    captions = plan_captions(prepared.plan)
+    files = None
+    if use.ahead and use.to_disk:
+        files = TextFiles(
+            captions.fixed,
+            encoder_id=model.text_encoder_id(),
+            tokens=model.max_words + ROW - WORDS,
+            widths=model.text_widths,
+        )
+    store = TextStore(model.encode_prompts, memo_bytes=use.memo_bytes, device=model.device, files=files)
+    if not use.ahead:
+        return store, False
+    say(forecast(captions, use, seed=prepared.seed).line())
+    prompts = [text for prompt in prepared.prompts for text in (prompt.prompt, prompt.negative_prompt or "")]
+    store.fill(
+        [*captions.known, *prompts],
+        threads=prepared.options.dataset.max_data_loader_n_workers,
+        rank=processes.rank,
+        world_size=processes.count,
+        wait=processes.wait,
+    )
+    if captions.varying:
+        return store, False
+    model.release_text_encoders()
+    return store, True
