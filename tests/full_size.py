@@ -88,11 +88,6 @@ def write_single_file(family: str, path: Path, seed: int = 0, dtype: str = "F32"
     write(path, tensors, {"format": "pt"})
 
 
-def write_sd15_single_file(path: Path, seed: int = 0, dtype: str = "F32") -> None:
-    """`write_single_file` of SD1.5."""
-    write_single_file("sd1", path, seed, dtype)
-
-
 def _stored(dtype: str, pool: np.ndarray, name: str, shape: tuple[int, ...], offset: int) -> np.ndarray:
     return as_stored(_values(pool, name, shape, offset), dtype)
 

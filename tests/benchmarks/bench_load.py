@@ -80,10 +80,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = arguments.file
         if file is None:
-            from tests.full_size import write_sd15_single_file
+            from tests.full_size import write_single_file
 
             file = Path(folder) / "sd15.safetensors"
-            write_sd15_single_file(file)
+            write_single_file("sd1", file)
         for name, value in measure(file, arguments.dtype).items():
             print(f"{name:<40} {value}")
 

@@ -1,6 +1,7 @@
-"""Mixed precision on a CUDA device: fp16 with loss scaling, and bf16."""
+"""Mixed precision on a CUDA device, every family: fp16 with loss scaling, and bf16."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,17 @@ from tests.pictures import make_pictures
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_trains_finite_weights(tiny_sd1: Path, tmp_path: Path, precision: str) -> None:
+def test_half_precision_trains_finite_weights(
+    tiny_models: Callable[[str], Path], tmp_path: Path, precision: str, family: str
+) -> None:
     from train_network import main
 
     make_pictures(tmp_path / "pictures", count=4)
     code = main(
         [
-            *("--pretrained_model_name_or_path", str(tiny_sd1), "--train_data_dir", str(tmp_path / "pictures")),
+            *("--pretrained_model_name_or_path", str(tiny_models(family)), "--train_data_dir", str(tmp_path / "pictures")),
             *("--output_dir", str(tmp_path / "output"), "--output_name", "x", "--network_module", "networks.lora"),
             *("--resolution", "64", "--caption_extension", ".txt", "--max_train_steps", "8", "--seed", "1"),
             *("--mixed_precision", precision, "--save_state", "--cache_latents", "--train_batch_size", "2"),
