@@ -9,7 +9,7 @@ import pytest
 
 from tests.programs import ROOT, environment
 
-LEAVES = {"library.errors", "library.rng", "library.console", "library.tokenizer", "library.conditioning"}
+LEAVES = {f"library.{name}" for name in ("errors", "rng", "console", "tokenizer", "conditioning", "known_files")}
 BELOW = {
     "options": set(),
     "data": {"options"},

@@ -1,24 +1,21 @@
 """Is a file what its own metadata say? Some tools write a hash of the tensors into a file's header; torch-free.
 
-A check reads the whole file, so one that went well is remembered by path, size, times and inode in the user's cache.
+A check reads the whole file, so the hash of one that went well is remembered (library.known_files).
 """
 
-import contextlib
 import hashlib
-import json
-import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 from library.console import bar
 from library.errors import UserError
+from library.known_files import KnownFiles
 from library.models.headers import Header
 
 _KEYS = ("modelspec.hash_sha256", "sshs_model_hash")
 _CHUNK = 1 << 22
 _MEGABYTE = 1_000_000
-_REMEMBERED = 500
 _AGAIN = (
     "the file is damaged, download or copy it again; pass --ignore_model_hash if a tool changed it and kept an old hash"
 )
@@ -33,17 +30,17 @@ def check_hashes(named: Iterable[tuple[str, Header]]) -> None:
     Raises:
         UserError: a file's content has another hash than it says.
     """
-    memo = _Memo()
+    known = KnownFiles("content_sha256")
     for where, header in {header.path: (where, header) for where, header in named}.values():
         told = {key: digits for key in _KEYS if (digits := _digits(header.metadata.get(key, "")))}
-        if not told or memo.knows(header.path):
+        if not told:
             continue
-        found = _hash(header.path)
+        found = known.get(header.path) or _hash(header.path)
         for key, value in told.items():
             if value != found:
                 wrong = f"its metadata give {key} as {value[:12]}..., but its content has {found[:12]}..."
                 raise UserError.single(where, wrong, _AGAIN)
-        memo.add(header.path)
+        known.add(header.path, found)
 
 
 def _digits(value: str) -> str | None:
@@ -65,36 +62,3 @@ def _hash(path: Path) -> str:
                 done += len(chunk)
                 progress.update(done // _MEGABYTE - progress.n)
     return digest.hexdigest()
-
-
-class _Memo:
-    """Files that were found to be what they say, in a small JSON file; done without where it can't be had."""
-
-    def __init__(self) -> None:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-        self._path = Path(base) / "lorasmith" / "checked_files.json"
-        self._known: dict[str, list[int]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            read = json.loads(self._path.read_text(encoding="utf-8"))
-            self._known = read if isinstance(read, dict) else {}
-
-    def knows(self, path: Path) -> bool:
-        """Was this very file checked before?"""
-        return self._known.get(str(path.resolve())) == _state(path)
-
-    def add(self, path: Path) -> None:
-        """Remember a file."""
-        name = str(path.resolve())
-        self._known.pop(name, None)
-        self._known[name] = _state(path)
-        kept = dict(list(self._known.items())[-_REMEMBERED:])
-        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(kept), encoding="utf-8")
-            fresh.replace(self._path)
-
-
-def _state(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

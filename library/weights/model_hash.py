@@ -1,4 +1,4 @@
-"""Hashes by which other programs know a base model. Standard library only: hashing can begin before torch is there."""
+"""Hashes by which other programs know a base model. No torch: hashing can begin before it is there."""
 
 import hashlib
 import threading
@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.known_files import KnownFiles
+
 IS_A_FOLDER = "IsADirectory"
 LEGACY_START = 0x100000
 LEGACY_LENGTH = 0x10000
 _CHUNK = 1 << 22
-_sha256_memo: dict[tuple[str, int, int], str] = {}
 
 
 def legacy_hash(path: Path) -> str:
@@ -25,21 +26,22 @@ def legacy_hash(path: Path) -> str:
 def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a whole model file, 64 hex digits; a folder has none. `advance` is told of every few MB read.
 
-    A file that has not changed (size, time of change) is read once a process.
+    A file that has not changed since it was read before isn't read again (library.known_files).
     """
     if path.is_dir():
         return IS_A_FOLDER
-    status = path.stat()
-    known = (str(path.resolve()), status.st_size, status.st_mtime_ns)
-    if known not in _sha256_memo:
+    known = KnownFiles("file_sha256")
+    found = known.get(path)
+    if found is None:
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 if advance is not None:
                     advance(len(chunk))
-        _sha256_memo[known] = digest.hexdigest()
-    return _sha256_memo[known]
+        found = digest.hexdigest()
+        known.add(path, found)
+    return found
 
 
 def _both(path: Path) -> tuple[str, str]:

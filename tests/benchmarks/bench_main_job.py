@@ -15,7 +15,6 @@ from tests.memory import run_measured
 from tests.photos import write_photos
 from tests.programs import environment, launch_command
 
-
 MORE = {
     "sd1": (),
     "sd2": ("--v_parameterization",),

@@ -22,7 +22,12 @@ def test_half_precision_trains_finite_weights(
     make_pictures(tmp_path / "pictures", count=4)
     code = main(
         [
-            *("--pretrained_model_name_or_path", str(tiny_models(family)), "--train_data_dir", str(tmp_path / "pictures")),
+            *(
+                "--pretrained_model_name_or_path",
+                str(tiny_models(family)),
+                "--train_data_dir",
+                str(tmp_path / "pictures"),
+            ),
             *("--output_dir", str(tmp_path / "output"), "--output_name", "x", "--network_module", "networks.lora"),
             *("--resolution", "64", "--caption_extension", ".txt", "--max_train_steps", "8", "--seed", "1"),
             *("--mixed_precision", precision, "--save_state", "--cache_latents", "--train_batch_size", "2"),

@@ -56,3 +56,28 @@ def test_a_signal_to_one_process_stops_both_with_one_state(tiny_sd1: Path, tmp_p
     assert manifest["updates_done"] == 3
     assert (tmp_path / "output/x-step00000003.safetensors").is_file()
     assert not (tmp_path / "output/x.safetensors").exists()
+
+
+def test_two_processes_share_the_work_of_text_outputs(tiny_sdxl: Path, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", count=7)
+    (tmp_path / "prompts.txt").write_text("a thing --w 64 --h 64 --s 1\n")
+    more = [
+        *("--network_module", "networks.lora", "--network_train_unet_only", "--cache_text_encoder_outputs_to_disk"),
+        *("--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "6"),
+    ]
+
+    def line(name: str, batch_size: int) -> list[str]:
+        given = [word for word in arguments(tiny_sdxl, tmp_path, name, batch_size) if word != "--shuffle_caption"]
+        return [str(SCRIPT), *given, *more]
+
+    both = run(two(*line("both", 2)))
+    assert both.returncode == 0, both.stderr
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").rglob("*_te_outputs.npz")}
+    assert len(files) == 7
+    one = run([sys.executable, *line("one", 4)])
+    assert one.returncode == 0, one.stderr
+    assert all(path.stat().st_mtime_ns == before for path, before in files.items())
+    first, second = (load_file(tmp_path / f"output/{name}.safetensors") for name in ("one", "both"))
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert np.allclose(tensor, second[key], rtol=1e-3, atol=2e-5), key

@@ -245,11 +245,11 @@ def test_a_check_is_remembered_until_the_file_changes(
     inspect(path)
     assert "against its own hash" in capsys.readouterr().err
     inspect(path)
-    assert reads == [path] and list((cache / "lorasmith").iterdir()) == [cache / "lorasmith" / "checked_files.json"]
+    assert reads == [path] and list((cache / "lorasmith").iterdir()) == [cache / "lorasmith" / "content_sha256.json"]
     os.utime(path, ns=(1, 1))
     inspect(path)
     assert len(reads) == 2
-    (cache / "lorasmith" / "checked_files.json").write_text("[1")
+    (cache / "lorasmith" / "content_sha256.json").write_text("[1")
     inspect(path)
     assert len(reads) == 3
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))
