@@ -1,6 +1,7 @@
-"""Loads a model into bfloat16 and takes one step at 256 px: `python tests/full_size_step.py FILE ANSWER.json`.
+"""Loads a model into bfloat16, takes one step at 256 px, and lets VAE and text encoders go:
+`python tests/full_size_step.py FILE ANSWER.json`.
 
-Writes seconds and peak memory of both, in bytes beyond what was held before.
+Writes seconds and peak memory of load and step, in bytes beyond what was held before, and what letting go gave back.
 """
 
 import json
@@ -14,7 +15,7 @@ import torch
 from library.conditioning import Conditioning
 from library.models.inspect import inspect
 from library.models.load import load
-from tests.memory import Peak
+from tests.memory import Peak, anonymous
 
 
 def main() -> None:
@@ -35,6 +36,12 @@ def main() -> None:
         output = model.predict(latents, torch.tensor([500]), Conditioning(states, text.pooled))
         output.square().mean().backward()
         step_seconds = time.perf_counter() - start
+    let_go = sum(value.nbytes for module in modules[1:] for value in module.parameters())
+    del modules
+    before = anonymous()
+    model.release_vae()
+    model.release_text_encoders()
+    given_back = before - anonymous()
     finite = bool(output.isfinite().all()) and states.grad is not None and bool(states.grad.isfinite().all())
     values = {
         "family": model.family.name,
@@ -44,6 +51,8 @@ def main() -> None:
         "step_seconds": step_seconds,
         "step_peak": stepping.grown,
         "finite": finite,
+        "let_go": let_go,
+        "given_back": given_back,
     }
     Path(sys.argv[2]).write_text(json.dumps(values))
 

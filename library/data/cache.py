@@ -34,6 +34,10 @@ def to_unit_range(pixels: Sequence[Pixels]) -> torch.Tensor:
     return torch.from_numpy((values / np.float32(255) - np.float32(0.5)) / np.float32(0.5))
 
 
+NAN_LATENTS = "the VAE gives NaN or infinite latents for this picture, also in float32"
+NAN_ADVICE = "use another --vae, or leave the picture out"
+
+
 @dataclass(frozen=True)
 class LatentStore:
     """Latents by index in `Plan.records`, from memory or from files. Safe to read from several threads."""
@@ -208,9 +212,7 @@ class LatentCache:
             raise ValueError(f"the VAE made latents of {tuple(latents.shape[1:])}, not {expected}")
         broken = [i for i in range(len(slots)) if not torch.isfinite(latents[i]).all()]
         if broken:
-            advice = "use a VAE that computes in 16 bit, or --no_half_vae"
-            wrong = "the VAE gave NaN or infinite latents for this picture"
-            raise UserError(Problem(str(self.wanted[slots[i]].record.path), wrong, advice) for i in broken)
+            raise UserError(Problem(str(self.wanted[slots[i]].record.path), NAN_LATENTS, NAN_ADVICE) for i in broken)
         return [np.ascontiguousarray(one) for one in latents.numpy()]
 
     def _read(self, slot: int) -> "_Picture":

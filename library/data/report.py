@@ -20,10 +20,8 @@ from library.data.captions import process
 from library.data.plan import Plan
 from library.data.records import ImageRecord
 from library.data.sources import Scan
-from library.tokenizer import clip_tokenizer
+from library.tokenizer import END_ID, WORDS, clip_tokenizer
 
-CHUNK = 75
-"""Tokens of one row of a CLIP text encoder, without its start and end."""
 _CAPTION_WIDTH = 90
 Fragments = Callable[[str], Sequence[tuple[str, float]]]
 """A caption -> its pieces, which are tokenized one by one, and their weights."""
@@ -56,6 +54,7 @@ def show_data(
     seed: int,
     token_limit: int,
     fragments: Fragments | None = None,
+    pad_id: int = END_ID,
     text: TextUse | None = None,
 ) -> None:
     """All tables about the data.
@@ -63,11 +62,12 @@ def show_data(
     Args:
         token_limit: `max_token_length` (75, 150 or 225).
         fragments: how captions are taken apart where they weigh words.
+        pad_id: of the text encoder, which decides what a "!" counts.
         text: how the run gets its text conditioning; None leaves that table out.
     """
     pictures_table(scan)
     captions_table(plan, seed=seed)
-    tokens_table(plan, seed=seed, limit=token_limit, fragments=fragments)
+    tokens_table(plan, seed=seed, limit=token_limit, fragments=fragments, pad_id=pad_id)
     if text is not None:
         text_table(forecast(plan_captions(plan), text, seed=seed))
     buckets_table(plan)
@@ -123,10 +123,12 @@ def text_table(found: TextForecast) -> None:
     line(found.line())
 
 
-def tokens_table(plan: Plan, *, seed: int, limit: int, fragments: Fragments | None = None) -> None:
-    """Tokens per caption, and which words the limit cuts."""
-    counts = count_tokens(plan, seed=seed, limit=limit, fragments=fragments)
-    table = _table("Tokens per caption", ("least", "median", "most", f"over {CHUNK}", f"cut at {limit}"))
+def tokens_table(
+    plan: Plan, *, seed: int, limit: int, fragments: Fragments | None = None, pad_id: int = END_ID
+) -> None:
+    """Tokens per caption, and which words the limit cuts; arguments as of `count_tokens`."""
+    counts = count_tokens(plan, seed=seed, limit=limit, fragments=fragments, pad_id=pad_id)
+    table = _table("Tokens per caption", ("least", "median", "most", f"over {WORDS}", f"cut at {limit}"))
     middle = f"{counts.median:g}"
     table.add_row(str(counts.minimum), middle, *_numbers(counts.maximum, counts.over_chunk, len(counts.cut)))
     _print(table)
@@ -186,15 +188,18 @@ def network_table(rows: Sequence[tuple[str, int, str, int, float]]) -> None:
     _print(table)
 
 
-def count_tokens(plan: Plan, *, seed: int, limit: int, fragments: Fragments | None = None) -> TokenCounts:
+def count_tokens(
+    plan: Plan, *, seed: int, limit: int, fragments: Fragments | None = None, pad_id: int = END_ID
+) -> TokenCounts:
     """Tokens of every picture's caption as processed for the first showing, caption dropout aside.
 
-    With `fragments`, those of the pieces that it makes of a caption, without the signs of weights.
+    With `fragments`, those of the pieces that it makes of a caption, without the signs of weights. `pad_id` is that of
+    the text encoder: it decides what a "!" counts.
     """
     texts = [_processed(plan, record, seed=seed, dropout=False) for record in plan.records]
     pieces = {text: [piece for piece, _ in fragments(text)] if fragments else [text] for text in texts}
     unique = list(dict.fromkeys(piece for some in pieces.values() for piece in some))
-    encodings = dict(zip(unique, clip_tokenizer().encode_batch(unique, add_special_tokens=False), strict=True))
+    encodings = dict(zip(unique, clip_tokenizer(pad_id).encode_batch(unique, add_special_tokens=False), strict=True))
     counted = {text: _cut([(piece, encodings[piece]) for piece in some], limit) for text, some in pieces.items()}
     lengths = [counted[text][0] for text in texts] or [0]
     cut = [
@@ -202,7 +207,7 @@ def count_tokens(plan: Plan, *, seed: int, limit: int, fragments: Fragments | No
         for record, text in zip(plan.records, texts, strict=True)
         if counted[text][0] > limit
     ]
-    over = sum(length > CHUNK for length in lengths)
+    over = sum(length > WORDS for length in lengths)
     return TokenCounts(min(lengths), float(median(lengths)), max(lengths), over, tuple(cut))
 
 

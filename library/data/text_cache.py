@@ -84,7 +84,8 @@ class TextStore:
         wanted = [caption for caption in dict.fromkeys(captions) if caption not in self._pinned]
         filed = [caption for caption in wanted if self.files is not None and caption in self.files]
         missing = self._missing(self.files, filed[rank::world_size], threads) if self.files is not None else {}
-        todo = [caption for caption in wanted if caption in missing or caption not in set(filed)]
+        elsewhere = set(filed) - missing.keys()
+        todo = [caption for caption in wanted if caption not in elsewhere]
         for caption in console.track(todo, "caching text", len(todo)) if todo else ():
             made = self._make(caption)
             if self.files is None or caption not in missing:

@@ -19,7 +19,7 @@ from library.data import cache_files
 from library.data.cache_files import ENTRY, UNREADABLE, Verdict
 from library.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DTYPES = ("float32", "float16", "bfloat16")
 
 

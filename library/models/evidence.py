@@ -6,7 +6,7 @@ decides; without either, the family does.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from library.errors import Problem, UserError
 from library.models.families import Family, PredictionType
@@ -27,15 +27,17 @@ _ARCHITECTURES: Mapping[str, PredictionType] = {
     "stable-diffusion-v2-512": "epsilon",
 }
 _SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a model tells, each with where it tells it (`its tensor v_pred`); None where it tells nothing."""
+    """What a model tells, each with where it tells it (`its tensor v_pred`); None where it tells nothing.
+
+    `zero_terminal_snr` is only where it tells that it has it: a config's `false` is there unasked, and tells nothing.
+    """
 
     prediction: tuple[PredictionType, str] | None = None
-    zero_terminal_snr: tuple[bool, str] | None = None
+    zero_terminal_snr: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def of_header(header: Header, where: str) -> Evidence:
     Raises:
         UserError: metadata name something else than noise or velocity.
     """
-    schedule = (True, "its tensor ztsnr") if "ztsnr" in header.entries else None
+    schedule = "its tensor ztsnr" if "ztsnr" in header.entries else None
     if "v_pred" in header.entries:
         return Evidence(("v_prediction", "its tensor v_pred"), schedule)
     told = header.metadata.get("modelspec.prediction_type", "").strip().lower()
@@ -69,7 +71,7 @@ def of_header(header: Header, where: str) -> Evidence:
 
 
 def of_scheduler(config: Mapping[str, Any], where: str) -> Evidence:
-    """A folder's scheduler config: `prediction_type` and `rescale_betas_zero_snr`, where they stand in it.
+    """A folder's scheduler config: `prediction_type`, and `rescale_betas_zero_snr` where it is true.
 
     Raises:
         UserError: a scheduler of another kind of model, or a noise schedule that is unknown.
@@ -83,12 +85,12 @@ def of_scheduler(config: Mapping[str, Any], where: str) -> Evidence:
             where, f"it has the unknown noise schedule {schedule!r}", f"known: {', '.join(_SCHEDULES)}"
         )
     source = "its scheduler_config.json"
-    told, rescaled = config.get("prediction_type"), config.get("rescale_betas_zero_snr")
+    told = config.get("prediction_type")
     if told is not None and told not in _WORDS:
         raise UserError.single(where, f"it predicts {told!r}", _TRAINABLE)
     return Evidence(
         None if told is None else (_WORDS[told], source),
-        None if rescaled is None else (bool(rescaled), source),
+        source if config.get("rescale_betas_zero_snr") else None,
     )
 
 
@@ -102,40 +104,33 @@ def decide(family: Family, evidence: Evidence, said: Said, name: str) -> Decisio
         UserError: flags contradict evidence; all contradictions at once.
     """
     problems: list[Problem] = []
+
+    def refuse(flag: str, wrong: str) -> None:
+        problems.append(Problem(said.where(flag), f"{name} {wrong}", "leave it out"))
+
     if said.v2 is not None and said.v2 != family.v2:
-        wrong = f"{name} is an {family.title} model, by the tensors and configs that it has"
-        problems.append(Problem("--v2", wrong, "leave --v2 out" if said.v2 else "leave v2 = false out"))
-    wanted: PredictionType | None = None
+        refuse("v2", f"is an {family.title} model, by the tensors and configs that it has")
+    prediction, told = evidence.prediction or (None, "")
     if said.v_parameterization is not None:
-        wanted = "v_prediction" if said.v_parameterization else "epsilon"
-    prediction, found = _settle(evidence.prediction, wanted)
-    if not found and evidence.prediction:
-        wrong = f"{name} {_SAYING[evidence.prediction[0]]} ({evidence.prediction[1]})"
-        problems.append(Problem("--v_parameterization", wrong, "leave the flag out"))
-    schedule, found = _settle(evidence.zero_terminal_snr, said.zero_terminal_snr)
-    if not found and evidence.zero_terminal_snr:
-        has = "has" if evidence.zero_terminal_snr[0] else "has no"
-        wrong = f"{name} {has} zero terminal SNR ({evidence.zero_terminal_snr[1]})"
-        problems.append(Problem("--zero_terminal_snr", wrong, "leave the flag out"))
+        wanted: PredictionType = "v_prediction" if said.v_parameterization else "epsilon"
+        if prediction is None:
+            prediction, told = wanted, f"{said.where('v_parameterization')}; the model doesn't say"
+        elif prediction != wanted:
+            refuse("v_parameterization", f"{_SAYING[prediction]} ({told})")
+    schedule = evidence.zero_terminal_snr
+    if schedule and said.zero_terminal_snr is False:
+        refuse("zero_terminal_snr", f"has zero terminal SNR ({schedule})")
+    elif said.zero_terminal_snr:
+        schedule = schedule or said.where("zero_terminal_snr")
     if problems:
         raise UserError(problems)
     findings = []
     if prediction is None and not family.probes_prediction:
-        prediction = "epsilon"
-        findings.append(f"{_SAYING[prediction]} (no evidence; usual for {family.title})")
-    elif prediction is None:
+        prediction, told = "epsilon", f"no evidence; usual for {family.title}"
+    if prediction is None:
         findings.append("prediction type unknown, will be probed")
     else:
-        source = evidence.prediction[1] if evidence.prediction else "--v_parameterization; the model doesn't say"
-        findings.append(f"{_SAYING[prediction]} ({source})")
+        findings.append(f"{_SAYING[prediction]} ({told})")
     if schedule:
-        source = evidence.zero_terminal_snr[1] if evidence.zero_terminal_snr else "--zero_terminal_snr"
-        findings.append(f"zero terminal SNR ({source})")
+        findings.append(f"zero terminal SNR ({schedule})")
     return Decision(prediction, bool(schedule), tuple(findings))
-
-
-def _settle(evidence: tuple[Value, str] | None, flag: Value | None) -> tuple[Value | None, bool]:
-    """The value by evidence or else by flag, and whether the two agree."""
-    if evidence is None:
-        return flag, True
-    return evidence[0], flag is None or flag == evidence[0]

@@ -13,11 +13,19 @@ Layout = Literal["folder", "single_file"]
 
 @dataclass(frozen=True)
 class Said:
-    """What flags say of the base model; None where the user said nothing."""
+    """What flags say of the base model; None where the user said nothing.
+
+    `places` tells where: the name of a flag -> `run.toml:3 v2`. A flag that isn't in it was given as such.
+    """
 
     v2: bool | None = None
     v_parameterization: bool | None = None
     zero_terminal_snr: bool | None = None
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def where(self, name: str) -> str:
+        """How a message names a flag."""
+        return self.places.get(name, f"--{name}")
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,11 @@ class ModelInfo:
     def text_encoder_configs(self) -> tuple[dict[str, Any], ...]:
         """The configs of all text encoders, first to last."""
         return tuple(self.parts[encoder.part].config for encoder in self.family.text_encoders)
+
+    @property
+    def vae_fragile(self) -> bool:
+        """Its VAE overflows in float16: that of its family does, and its config doesn't say that this one won't."""
+        return self.family.fp16_fragile_vae and self.vae_config.get("force_upcast") is not False
 
     @property
     def line(self) -> str:

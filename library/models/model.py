@@ -17,6 +17,7 @@ from library.console import say
 from library.models import samplers
 from library.models.families import Part
 from library.models.info import ModelInfo
+from library.models.memory import give_back
 from library.models.parts import load_part
 from library.models.prompts import WORDS, TextStates, encode_rows, token_rows, weighted_rows
 from library.models.schedule import alphas_cumprod
@@ -72,6 +73,12 @@ class Model(ABC):
     def base_model_version(self) -> str:
         """The family's name in metadata."""
         return self.family.versions[self.prediction_type]
+
+    @property
+    def native_side(self) -> int:
+        """The side in pixels that it was made for: as a folder says; files don't, so their family decides."""
+        told = self.info.unet_config.get("sample_size") if self.info.layout == "folder" else None
+        return int(told) * self.vae_factor if told else self.family.sides[self.prediction_type]
 
     @property
     def network_text_encoder(self) -> torch.nn.Module | list[torch.nn.Module]:
@@ -189,7 +196,7 @@ class Model(ABC):
     def release_vae(self) -> None:
         """Give the VAE's memory back."""
         self.vae = self._exact_vae = None
-        self._empty_cache()
+        give_back(self.device)
 
     def reload_text_encoders(self) -> tuple[torch.nn.Module, ...]:
         """The text encoders, read again if they were released."""
@@ -203,11 +210,7 @@ class Model(ABC):
     def release_text_encoders(self) -> None:
         """Give the text encoders' memory back. Not for text encoders that train or carry a network."""
         self.text_encoders = ()
-        self._empty_cache()
-
-    def _empty_cache(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device)
 
     def vae_id(self) -> str:
         """sha256 over what makes latents: names, dtypes, shapes and values of the VAE's encoder half."""

@@ -9,6 +9,7 @@ import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -21,6 +22,7 @@ _AGAIN = "download or copy it again"
 _CONVERT = "convert it to .safetensors"
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MAX_PICKLE = 200_000_000
+_MAX_WORD = 16
 _DEPTH = 4
 _STORAGES = {
     "DoubleStorage": "F64",
@@ -222,7 +224,7 @@ class _Unpickler(pickle.Unpickler):
 
 _BROKEN = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, OverflowError),
-    *(RecursionError, ImportError, MemoryError, struct.error, zipfile.BadZipFile, NotImplementedError, _DamagedError),
+    *(RuntimeError, ImportError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error, _DamagedError),
 )
 
 
@@ -254,8 +256,14 @@ def _zipped(file: IO[bytes], where: str) -> tuple[Any, dict[str, int]]:
             raise UserError.single(where, "is a TorchScript program, not a file of weights", _CONVERT)
         if members[main].file_size > _MAX_PICKLE:
             raise UserError.single(where, "its pickle is too large to be one of a base model", _CONVERT)
+        _check_plain(members[main], where)
+        told = members.get(f"{prefix}byteorder")
+        if told is not None:
+            _check_plain(told, where)
         try:
-            order = archive.read(f"{prefix}byteorder") if f"{prefix}byteorder" in members else b"little"
+            if told is not None and told.file_size > _MAX_WORD:
+                raise _DamagedError("a word that is too long")
+            order = b"little" if told is None else archive.read(told)
             content = archive.open(main)
         except _BROKEN as error:
             raise UserError.single(where, "is a damaged zip archive", _AGAIN) from error
@@ -265,8 +273,7 @@ def _zipped(file: IO[bytes], where: str) -> tuple[Any, dict[str, int]]:
 
         def storage(dtype: str, key: str, length: int, _view: object) -> _Storage:
             info = members[f"{prefix}data/{key}"]
-            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-                raise UserError.single(where, f"its member {info.filename} is compressed or encrypted", _CONVERT)
+            _check_plain(info, where)
             if length * BYTES_OF[dtype] > info.file_size:
                 raise _DamagedError("a storage is longer than its member")
             if key not in places:
@@ -275,6 +282,12 @@ def _zipped(file: IO[bytes], where: str) -> tuple[Any, dict[str, int]]:
 
         with content:
             return _unpickle(content, where, storage), places
+
+
+def _check_plain(info: zipfile.ZipInfo, where: str) -> None:
+    """PyTorch writes members as they are."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise UserError.single(where, f"its member {info.filename} is compressed or encrypted", _CONVERT)
 
 
 def _place(file: IO[bytes], header_offset: int) -> int:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from library.models.weighted import fragments
-from library.tokenizer import END_ID, START_ID, clip_tokenizer
+from library.tokenizer import END_ID, START_ID, WORDS, clip_tokenizer
 
-ROW = 77
-WORDS = ROW - 2
+ROW = WORDS + 2
 
 
 def token_rows(captions: Sequence[str], max_words: int = WORDS, pad_id: int = END_ID) -> Tensor:
@@ -25,7 +24,7 @@ def token_rows(captions: Sequence[str], max_words: int = WORDS, pad_id: int = EN
         max_words: 75, 150 or 225.
         pad_id: what fills a caption up, of the family's text encoder.
     """
-    encoded = clip_tokenizer().encode_batch(list(captions), add_special_tokens=False)
+    encoded = clip_tokenizer(pad_id).encode_batch(list(captions), add_special_tokens=False)
     return torch.tensor([_rows(one.ids, _count(max_words), pad_id) for one in encoded], dtype=torch.int64)
 
 
@@ -38,7 +37,7 @@ def weighted_rows(captions: Sequence[str], max_words: int = WORDS, pad_id: int =
     rows, weights = [], []
     for caption in captions:
         parts = [(text, weight) for text, weight in fragments(caption) if text]
-        encoded = clip_tokenizer().encode_batch([text for text, _ in parts], add_special_tokens=False)
+        encoded = clip_tokenizer(pad_id).encode_batch([text for text, _ in parts], add_special_tokens=False)
         tokens = [(token, weight) for one, (_, weight) in zip(encoded, parts, strict=True) for token in one.ids][
             :max_words
         ]

@@ -8,6 +8,10 @@ from library.models.families import FAMILIES, SD1, SD2, SDXL, Family
 from library.models.headers import Header
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+ADAPTER = "a LoRA (or another adapter), not a base model; --network_weights takes those"
+CONTROLNET = "a ControlNet, not a base model"
+VAE_ALONE = "a VAE alone, not a base model"
+TEXT_ALONE = "a text encoder alone, not a base model"
 SUPPORTED = f"base models of {', '.join(family.title for family in FAMILIES.values())} can be trained on"
 
 _FIRST = f"{UNET}input_blocks.0.0.weight"
@@ -16,7 +20,10 @@ _ADAPTER_ENDS = (
     ".lora_up.weight",
     ".lora_A.weight",
     ".lora_B.weight",
-    ".lora.down.weight",
+    "lora.down.weight",
+    "lora.up.weight",
+    ".lora_linear_layer.down.weight",
+    ".lora_linear_layer.up.weight",
     ".hada_w1_a",
     ".lokr_w1",
     ".lokr_w1_a",
@@ -43,13 +50,26 @@ def kind_of_other(header: Header) -> str:
     return _without_unet(header)
 
 
+def family_of_latents(header: Header) -> Family | None:
+    """The family whose latents the VAE of a whole model makes, also of one that can't be trained on, such as a refiner;
+    None of a file without a U-Net, and where it isn't known."""
+    if not header.any(f"{UNET}input_blocks."):
+        return None
+    family = _family(header)
+    if not isinstance(family, str):
+        return family
+    if header.any("cond_stage_model."):
+        return SD2 if header.any("cond_stage_model.model.") else SD1
+    return SDXL if header.any("conditioner.", f"{UNET}label_emb.") else None
+
+
 def _adapter(header: Header) -> str | None:
     if not header.entries:
         return "an empty file: it holds no tensors"
     if header.any("lora_unet_", "lora_te", "lycoris_") or any(n.endswith(_ADAPTER_ENDS) for n in header.entries):
-        return "a LoRA (or another adapter), not a base model; --network_weights takes those"
+        return ADAPTER
     if header.any("control_model.", "controlnet_cond_embedding.", "input_hint_block.", "controlnet_blocks."):
-        return "a ControlNet, not a base model"
+        return CONTROLNET
     return None
 
 
@@ -64,9 +84,9 @@ def _without_unet(header: Header) -> str:
     if header.any("down_blocks.", "conv_in.") and header.any("mid_block.", "up_blocks."):
         return "only the U-Net of a diffusers folder; give the folder that holds model_index.json"
     if header.any(VAE, "encoder.down.", "encoder.down_blocks.", "decoder.up."):
-        return "a VAE alone, not a base model"
+        return VAE_ALONE
     if header.any("text_model.", "encoder.layers.", "cond_stage_model.", "conditioner.", "transformer.resblocks."):
-        return "a text encoder alone, not a base model"
+        return TEXT_ALONE
     if header.any("input_blocks."):
         return "only a U-Net, without VAE and text encoder"
     return f"no base model that is known here (its first tensor is {next(iter(names))})"

@@ -16,6 +16,8 @@ MERGES_SHA256 = "d308b7377a8ceaa9707a21614fe8c831b9196e197b7aeb69833359362907af0
 VOCABULARY_SIZE = 49408
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 START_ID, END_ID = 49406, 49407
+WORDS = 75
+"""Tokens of one row of a CLIP text encoder, without its start and end."""
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -48,8 +50,11 @@ def clip_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate([*tokens, START_TOKEN, END_TOKEN])}
 
 
-def build(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """A CLIP tokenizer of the `tokenizers` package; `encode(text).ids` holds no start and end tokens."""
+def build(vocabulary: dict[str, int], merges: list[tuple[str, str]], *more_special: str) -> Tokenizer:
+    """A CLIP tokenizer of the `tokenizers` package; `encode(text).ids` holds no start and end tokens.
+
+    `more_special` are tokens that are one wherever they stand in a text.
+    """
     affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>"}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=END_TOKEN, **affixes))
     tokenizer.normalizer = normalizers.Sequence(
@@ -61,14 +66,19 @@ def build(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenize
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.add_special_tokens([START_TOKEN, END_TOKEN])
+    tokenizer.add_special_tokens([START_TOKEN, END_TOKEN, *more_special])
     return tokenizer
 
 
-@lru_cache(maxsize=1)
-def clip_tokenizer() -> Tokenizer:
-    """The packaged CLIP tokenizer, built once a process (about 0.1 s)."""
-    return build(clip_vocabulary(), list(clip_merges()))
+@lru_cache(maxsize=2)
+def clip_tokenizer(pad_id: int = END_ID) -> Tokenizer:
+    """The packaged CLIP tokenizer, built once a process (about 0.1 s).
+
+    Where `pad_id` is 0, the token "!" fills rows up (SD2, SDXL's second encoder); as in transformers and diffusers each
+    "!" in a text is that token then, whatever stands around it.
+    """
+    special = () if pad_id == END_ID else (_byte_characters()[pad_id],)
+    return build(clip_vocabulary(), list(clip_merges()), *special)
 
 
 def write_folder(folder: Path) -> None:

@@ -24,19 +24,20 @@ class Processes:
         """Sum gradients over the processes in place, together with a few numbers; returns the summed numbers.
 
         A rank that had no samples passes None for its gradients: they count as zero, and it gets the sums all the same.
+        What no rank has a gradient for keeps none, so that an optimizer passes it over as with one process.
         """
         if self.count == 1:
             return extra
-        present = [torch.zeros_like(p) if g is None else g for g, p in zip(tensors, like, strict=True)]
-        numbers = torch.tensor(extra, dtype=torch.float32, device=self.device)
+        given = list(tensors)
+        present = [torch.zeros_like(p) if g is None else g for g, p in zip(given, like, strict=True)]
+        numbers = torch.tensor([*extra, *(float(g is not None) for g in given)], device=self.device)
         flat = torch.cat([*(g.reshape(-1).float() for g in present), numbers])
         torch.distributed.all_reduce(flat)
-        offset = 0
-        for parameter, gradient in zip(like, present, strict=True):
-            piece = flat[offset : offset + gradient.numel()].view_as(gradient)
-            parameter.grad = piece.to(gradient.dtype).clone()
-            offset += gradient.numel()
-        return flat[offset:].tolist()
+        *pieces, summed = flat.split([*(g.numel() for g in present), len(numbers)])
+        told = summed.tolist()
+        for parameter, gradient, piece, count in zip(like, present, pieces, told[len(extra) :], strict=True):
+            parameter.grad = piece.view_as(gradient).to(gradient.dtype).clone() if count else None
+        return told[: len(extra)]
 
     def wait(self) -> None:
         """Return when every process is here."""

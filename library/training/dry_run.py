@@ -3,10 +3,11 @@
 from library.data import report
 from library.models.lora_targets import parameter_count, ranked, targets
 from library.models.weighted import fragments
+from library.tokenizer import WORDS
 from library.training.prepare import Prepared
 from library.training.state import SUFFIX
 from library.training.steps import Clock, SavePlan
-from library.training.text_use import CHUNK, text_use
+from library.training.text_use import text_use
 from networks.lora_args import parse
 
 BYTES = {None: 4, "float": 4, "fp16": 2, "bf16": 2}
@@ -21,8 +22,9 @@ def show(prepared: Prepared) -> None:
         prepared.scan,
         plan,
         seed=prepared.seed,
-        token_limit=options.model.max_token_length or CHUNK,
+        token_limit=options.model.max_token_length or WORDS,
         fragments=fragments if options.dataset.weighted_captions else None,
+        pad_id=min(encoder.pad_id for encoder in prepared.model.family.text_encoders),
         text=text_use(prepared),
     )
     report.steps_table(

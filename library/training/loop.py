@@ -13,7 +13,9 @@ import torch
 
 from library.conditioning import Conditioning
 from library.console import bar, warn
+from library.data.cache import NAN_ADVICE, NAN_LATENTS
 from library.data.loader import Batch, Loader
+from library.errors import Problem, UserError
 from library.rng import rng
 from library.training.distributed import Processes
 from library.training.interrupt import Interrupt
@@ -182,6 +184,9 @@ class Loop:
             latents = batch.latents
         elif batch.pixels is not None:
             latents = self.model.encode_images(batch.pixels)
+            broken = [n for n, one in zip(batch.names, latents, strict=True) if not torch.isfinite(one).all()]
+            if broken:
+                raise UserError(Problem(name, NAN_LATENTS, NAN_ADVICE) for name in broken)
         else:
             raise ValueError("a batch holds neither latents nor pixels")
         return latents.to(self.processes.device, torch.float32) * self.model.latent_scale

@@ -18,7 +18,7 @@ class ModelPainter:
     def __init__(self, model: Model, encode: Encode) -> None:
         """`encode` gives the prompts' conditioning."""
         self._model, self._encode = model, encode
-        self.default_size = int(model.info.unet_config.get("sample_size", 64)) * model.vae_factor
+        self.default_size = model.native_side
 
     def paint(self, prompt: Prompt, seed: int) -> "Image":
         """One RGB picture; the same seed gives the same starting noise on every device."""

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -28,6 +28,7 @@ from library.training.state import RunState, changes, check_same_run, find_lates
 from library.training.steps import Clock, PreviewPlan, SavePlan, epochs_between_saves, make_clock
 
 Result = TypeVar("Result")
+PREDICTION = "prediction type"
 MAY_CHANGE = (
     *("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "max_grad_norm"),
     *("noise_offset", "min_snr_gamma", "min_timestep", "max_timestep", "prior_loss_weight", "clip_skip"),
@@ -136,6 +137,8 @@ def prepare(options: Options) -> Prepared:
     if weights is not None and weights.suffix == ".safetensors":
         collect.attempt(lambda: read_header(weights, options.where("network_weights")))
     resume = collect.attempt(lambda: _find_resume(options, notices))
+    if model and resume and model.prediction_type is None:
+        model = as_probed(model, resume.state)
     if collect.problems or not (model and specs and found and plan):
         raise UserError(collect.problems, [*notices, *(found.notices if found else ())])
     notices += [*found.notices, *_without_effect(options, model)]
@@ -194,17 +197,25 @@ def _inspect(options: Options) -> ModelInfo:
     """The base model that the options name, with what its flags say of it."""
     chosen = options.model
 
+    names = ("v2", "v_parameterization", "zero_terminal_snr")
+
     def said(name: str) -> bool | None:
         return bool(options.value(name)) if name in options.explicit else None
 
     return inspect(
         str(chosen.pretrained_model_name_or_path),
-        said=Said(said("v2"), said("v_parameterization"), said("zero_terminal_snr")),
+        said=Said(*(said(name) for name in names), places={name: options.where(name) for name in names}),
         vae=chosen.vae,
         text_encoder=chosen.text_encoder,
         variant=chosen.variant,
         check_hash=not chosen.ignore_model_hash,
     )
+
+
+def as_probed(model: ModelInfo, state: RunState) -> ModelInfo:
+    """A model whose prediction type is to be probed, with what the run that goes on was trained for."""
+    told = state.settings.get(PREDICTION)
+    return next((replace(model, prediction_type=kind) for kind in model.family.versions if kind == told), model)
 
 
 def _text_problems(options: Options, model: ModelInfo) -> list[Problem]:
@@ -224,6 +235,11 @@ def _text_problems(options: Options, model: ModelInfo) -> list[Problem]:
 
 def _without_effect(options: Options, model: ModelInfo) -> Iterator[str]:
     """Lines about flags that do nothing for this family."""
+    if model.zero_terminal_snr and model.prediction_type == "epsilon":
+        yield (
+            "zero terminal SNR with a model that predicts noise: its last timestep teaches nothing, and previews are "
+            "drawn on the plain schedule; --v_parameterization is for models that predict velocity"
+        )
     if options.dataset.exact_crop_conditioning and not model.family.takes_sizes:
         yield f"--exact_crop_conditioning: has no effect, {model.family.title} models aren't told sizes and crops"
 
@@ -247,7 +263,8 @@ def _settings(
         "seed": str(seed),
         "data": plan.fingerprint(),
         "base model": _model_fingerprint(model),
-        "prediction": f"{model.prediction_type or 'probed'}, zero terminal SNR {model.zero_terminal_snr}",
+        PREDICTION: str(model.prediction_type),
+        "zero terminal SNR": str(model.zero_terminal_snr),
         "batch size over all processes": "+".join(str(plan.global_batch_size(n)) for n in range(len(plan.datasets))),
         "gradient_accumulation_steps": str(clock.accumulation),
         "network": json.dumps(shape),

@@ -75,7 +75,7 @@ class RunRecord:
         rates = options.optimizer.text_encoder_lr or ()
         settings = replace(
             Settings.of(options.effective()),
-            v2=self._version.startswith("sd_v2"),
+            v2=prepared.model.family.v2,
             seed=prepared.seed,
             max_train_steps=prepared.clock.total_updates,
             zero_terminal_snr=prepared.model.zero_terminal_snr,

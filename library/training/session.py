@@ -26,7 +26,7 @@ from library.training.objective import NoiseSettings, Objective
 from library.training.optimizers import build_optimizer, parse_arguments
 from library.training.painter import ModelPainter
 from library.training.phases import Phases
-from library.training.prepare import Prepared
+from library.training.prepare import PREDICTION, Prepared
 from library.training.previews import PreviewWriter
 from library.training.record import RunRecord
 from library.training.saving import Saver
@@ -73,6 +73,7 @@ def train(
         encode, released = text_source(prepared, model, processes)
         if released:
             trainable.release_text_encoder()
+            model.release_text_encoders()
     with phases.phase("network"):
         loop, saver = _assemble(prepared, model, encode, trainable, latents, hashes, processes, interrupt, phases)
     first = loop.updates_done
@@ -110,7 +111,7 @@ def _compute_dtype(prepared: Prepared, processes: Processes) -> torch.dtype:
 def _load_model(prepared: Prepared, processes: Processes, dtype: torch.dtype) -> Model:
     """The base model; a VAE that overflows in float16 computes in float32 there."""
     options = prepared.options.model
-    fragile = dtype == torch.float16 and prepared.model.family.fp16_fragile_vae
+    fragile = dtype == torch.float16 and prepared.model.vae_fragile
     return load(
         prepared.model,
         device=processes.device,
@@ -204,7 +205,7 @@ def _assemble(
             prepared.schedule_total,
             clock.total_updates,
             tuple(average.losses),
-            prepared.settings,
+            prepared.settings | {PREDICTION: model.prediction_type},
             prepared.may_change,
         )
 

@@ -5,7 +5,8 @@ from library.data.caption_plan import forecast, plan_captions
 from library.data.text_cache import TextStore
 from library.data.text_files import TextFiles
 from library.models.model import Model
-from library.models.prompts import ROW, WORDS
+from library.models.prompts import ROW
+from library.tokenizer import WORDS
 from library.training.distributed import Processes
 from library.training.loop import Encode
 from library.training.prepare import Prepared
@@ -13,7 +14,7 @@ from library.training.text_use import text_use
 
 
 def text_source(prepared: Prepared, model: Model, processes: Processes) -> tuple[Encode, bool]:
-    """What gives captions and prompts their conditioning, and whether the text encoders could be let go for it.
+    """What gives captions and prompts their conditioning, and whether that needs no text encoders any more.
 
     With `--cache_text_encoder_outputs` every caption that never varies is encoded here, and previews' prompts too.
 
@@ -44,7 +45,4 @@ def text_source(prepared: Prepared, model: Model, processes: Processes) -> tuple
         world_size=processes.count,
         wait=processes.wait,
     )
-    if captions.varying:
-        return store, False
-    model.release_text_encoders()
-    return store, True
+    return store, not captions.varying

@@ -1,17 +1,17 @@
 """How a run gets its text conditioning, known from its options and the model's configs alone. Imports no torch."""
 
 from library.data.caption_plan import TextUse
+from library.tokenizer import WORDS
 from library.training.prepare import Prepared
 
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}
-CHUNK = 75
 
 
 def text_use(prepared: Prepared) -> TextUse:
     """Whether text encoders train, what is kept of their outputs, and the size of one caption's."""
     options, model = prepared.options, prepared.model
     configs = model.text_encoder_configs
-    tokens = (options.model.max_token_length or CHUNK) + 2
+    tokens = (options.model.max_token_length or WORDS) + 2
     numbers = tokens * sum(int(config.get("hidden_size", 512)) for config in configs)
     for encoder, config in zip(model.family.text_encoders, configs, strict=True):
         numbers += int(config.get("projection_dim", 512)) if encoder.projects else 0

@@ -177,7 +177,25 @@ def test_settings_that_were_found_are_in_the_state(tiny_sd2: Path, tmp_path: Pat
     make_pictures(tmp_path / "pictures", count=2)
     run(tiny_sd2, tmp_path, "state", "--save_state_on_train_end", "--network_train_unet_only")
     manifest = json.loads((tmp_path / "output/state-state/manifest.json").read_text())
-    assert manifest["settings"]["prediction"] == "v_prediction, zero terminal SNR False"
+    assert manifest["settings"]["prediction type"] == "v_prediction"
+    assert manifest["settings"]["zero terminal SNR"] == "False"
+
+
+def test_a_probed_run_goes_on_with_what_was_found(
+    tiny_sd2_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pictures(tmp_path / "pictures", count=2)
+    states = ("--save_state", "--save_every_n_steps", "2", "--network_train_unet_only")
+    whole = run(tiny_sd2_file, tmp_path, "whole", *states)
+    assert "one forward pass gave" in capsys.readouterr().err
+    state = str(tmp_path / "output/whole-step00000002-state")
+    resumed = run(tiny_sd2_file, tmp_path, "resumed", "--network_train_unet_only", "--resume", state)
+    assert "one forward pass" not in capsys.readouterr().err
+    assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
+    flagged = run(
+        *(tiny_sd2_file, tmp_path, "flagged", "--network_train_unet_only", "--resume", state, "--v_parameterization")
+    )
+    assert all(np.array_equal(whole[key], flagged[key]) for key in whole)
 
 
 def test_another_vae_makes_the_latents_and_is_named_in_the_file(tiny_sd1: Path, tmp_path: Path) -> None:

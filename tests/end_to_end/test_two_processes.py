@@ -11,6 +11,8 @@ from safetensors.numpy import load_file
 from tests.pictures import make_pictures
 from tests.programs import SCRIPT, environment
 
+DECAY = ("--optimizer_args", "weight_decay=0.5", "eps=1e-3")
+
 
 def arguments(model: Path, folder: Path, name: str, batch_size: int) -> list[str]:
     return [
@@ -81,3 +83,20 @@ def test_two_processes_share_the_work_of_text_outputs(tiny_sdxl: Path, tmp_path:
     assert first.keys() == second.keys()
     for key, tensor in first.items():
         assert np.allclose(tensor, second[key], rtol=1e-3, atol=2e-5), key
+
+
+def test_what_has_no_gradient_is_passed_over_with_any_number_of_processes(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """The last layer of SDXL's first text encoder has none; a zero in its place would let weight decay change it."""
+    make_pictures(tmp_path / "pictures", count=4)
+
+    def line(name: str, batch_size: int) -> list[str]:
+        more = ("--network_module", "networks.lora", "--max_train_steps", "2", "--network_dropout", "0")
+        return [str(SCRIPT), *arguments(tiny_sdxl, tmp_path, name, batch_size), *more, *DECAY]
+
+    both = run(two(*line("both", 1)))
+    one = run([sys.executable, *line("one", 2)])
+    assert both.returncode == one.returncode == 0, both.stderr + one.stderr
+    first, second = (load_file(tmp_path / f"output/{name}.safetensors") for name in ("one", "both"))
+    last = [key for key in first if key.startswith("lora_te1_text_model_encoder_layers_4_") and "down" in key]
+    assert len(last) == 6
+    assert all(np.array_equal(first[key], second[key]) for key in last)

@@ -1,8 +1,10 @@
 """A loss or gradient that is no number stops the run, names the pictures, and leaves the last good files."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.pictures import make_pictures
 
@@ -33,3 +35,20 @@ def test_a_gradient_that_is_no_number(tiny_sd1: Path, tmp_path: Path, capfd: pyt
     assert train(tiny_sd1, tmp_path, "--network_module", "tests.exploding_lora") == 1
     assert "the gradient of step 1 is nan" in capfd.readouterr().err
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--cache_latents",)])
+def test_a_vae_that_overflows_is_told_with_the_picture(
+    more: tuple[str, ...], tiny_sd1: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd1, folder)
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["encoder.conv_in.weight"] *= 1e38
+    tensors["encoder.conv_out.weight"] *= 1e38
+    save_file(tensors, weights)
+    assert train(folder, tmp_path, "--network_module", "networks.lora", *more) == 2
+    said = capfd.readouterr().err
+    assert "the VAE gives NaN or infinite latents for this picture" in said and "picture0" in said
+    assert "--vae" in said and "no_half_vae" not in said

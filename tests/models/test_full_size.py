@@ -73,8 +73,10 @@ def test_a_full_size_model_loads_and_takes_a_step(family: str, tmp_path: Path, r
         f"load {values['load_seconds']:.1f} s, peak {values['load_peak'] / 1e9:.2f} GB "
         f"({values['load_peak'] / size:.3f} x the file); "
         f"step {values['step_seconds']:.1f} s, {values['step_peak'] / 1e9:.2f} GB more; "
+        f"VAE and text encoders {values['let_go'] / 1e9:.2f} GB, {values['given_back'] / 1e9:.2f} GB given back; "
         f"process {run.anonymous / 1e9:.2f} GB anonymous, VmHWM {run.high_water / 1e9:.2f} GB"
     )
     assert values["finite"] and values["family"] == family
     assert values["load_peak"] < 1.3 * size
+    assert values["given_back"] > 0.9 * values["let_go"]
     assert run.high_water < 24e9

@@ -21,7 +21,15 @@ from library.models.sd1 import SD1
 from library.models.sd2 import SD2
 from library.models.sdxl import SDXL
 
-CAPTIONS = ["a photo of a cat", "", "1girl, solo, " * 10, "word " * 75, "word " * 100]
+CAPTIONS = [
+    "a photo of a cat",
+    "",
+    "hello! a cat!!! (!) !cat?!",
+    'é, "x" & <y> :-)',
+    "1girl, solo, " * 10,
+    "word " * 75,
+    "word " * 100,
+]
 CLASSES: dict[str, type[Model]] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 Find = Callable[[str], Path]
 
