@@ -1,16 +1,18 @@
 """What a run says while it works: lines and progress bars on stderr. Tables that a user asked for go to stdout."""
 
 import io
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
     from tqdm import tqdm
 
 Item = TypeVar("Item")
+_WIDTH = 100
 
 
 @lru_cache(maxsize=1)
@@ -78,8 +80,20 @@ def bar(description: str, total: int, done: int = 0) -> "tqdm[None]":
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 2.0
-    quiet = not _shown("INFO")
-    return tqdm(desc=description, total=total, initial=done, mininterval=interval, dynamic_ncols=True, disable=quiet)
+    more: dict[str, Any] = {"mininterval": interval, "disable": not _shown("INFO")}
+    if _has_width():
+        more["dynamic_ncols"] = True
+    else:
+        more["ncols"] = _WIDTH
+    return tqdm(desc=description, total=total, initial=done, **more)
+
+
+def _has_width() -> bool:
+    """Whether stderr knows how wide it is. Terminals without a size say 0, on which no bar would fit."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError, AttributeError):
+        return not sys.stderr.isatty()
 
 
 def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:

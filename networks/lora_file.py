@@ -1,14 +1,29 @@
-"""Reading a LoRA file's tensors as modules: which belong together, and whether they fit a target."""
+"""Reading a LoRA file's tensors as modules: which belong together, and whether they fit a target.
+
+Imports no torch: of the tensors only shapes and alphas are looked at, so that a header's stand-ins will do.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.models.lora_targets import LoraTarget
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OTHERS = {
+    "lokr_": "a LyCORIS file (LoKr)",
+    "hada_": "a LyCORIS file (LoHa)",
+    "oft_": "a LyCORIS file (OFT)",
+    "a1.": "a LyCORIS file (GLoRA)",
+    "on_input": "a LyCORIS file (IA3)",
+    "diff": "a LyCORIS file (full)",
+    "dora_scale": "a DoRA file",
+}
+_BASE_MODEL = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 _LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
@@ -16,20 +31,22 @@ _LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
 class FileModule:
     """One LoRA of a file: `down` (r, in[, k, k]), `up` (out, r[, 1, 1]), `alpha` (the rank if the file has none)."""
 
-    down: Tensor
-    up: Tensor
+    down: "Tensor"
+    up: "Tensor"
     alpha: float
 
 
-def group(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, FileModule]:
+def group(tensors: "Mapping[str, Tensor]", source: str | Path) -> dict[str, FileModule]:
     """The modules of a file by name. Raises UserError if a key is no LoRA's, or a module lacks one of its factors."""
     leaves: dict[str, dict[str, Tensor]] = {}
+    if any(key.startswith(_BASE_MODEL) for key in tensors):
+        raise UserError.single(str(source), "is a base model, not a LoRA", "give a LoRA file")
     for key, tensor in tensors.items():
         name, _, leaf = key.partition(".")
         if leaf not in _LEAVES:
-            raise UserError.single(
-                str(source), f"{key} is not a key of a LoRA", "only plain LoRA files can be used here"
-            )
+            other = next((what for start, what in _OTHERS.items() if leaf.startswith(start)), None)
+            wrong = f"is {other}" if other else f"{key} is not a key of a LoRA"
+            raise UserError.single(str(source), wrong, "networks.lora takes plain LoRA files only")
         leaves.setdefault(name, {})[leaf] = tensor
     modules = {}
     for name, found in leaves.items():
@@ -41,7 +58,7 @@ def group(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, FileMo
     return modules
 
 
-def fit(module: FileModule, target: LoraTarget, rank: int, source: str | Path) -> tuple[Tensor, Tensor]:
+def fit(module: FileModule, target: LoraTarget, rank: int, source: str | Path) -> "tuple[Tensor, Tensor]":
     """The factors in the target's shapes: a 1x1 convolution's may stand for a Linear's and the other way round.
 
     Raises UserError if the rank or a size differs.

@@ -2,6 +2,7 @@
 
 U-Net blocks are spelled as diffusers or as the original layout spells them, the only text encoder is `lora_te` or
 `lora_te1`, and files of peft and diffusers hold dotted paths. Everything is read as the spelling that we write.
+Imports no torch.
 """
 
 import json
@@ -9,16 +10,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
 from library.models.families import SD1, SD2, SDXL, diffusers_key, unet_key_of
 from library.models.lora_targets import LoraTarget
-from library.weights.files import read_metadata, read_tensors
 from networks.lora_file import FileModule, group
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BY_CONTEXT: Mapping[Any, str] = {768: SD1.title, 1024: SD2.title, 2048: SDXL.title}
 _ORIGINAL = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_")
@@ -69,11 +69,13 @@ def spellings(found: Iterable[LoraTarget], unet_config: Mapping[str, Any] | None
     return Spellings(aliases, title, len(encoders))
 
 
-def read_lora(file: str | Path) -> dict[str, Tensor]:
+def read_lora(file: str | Path) -> "dict[str, Tensor]":
     """A LoRA file's tensors; those of a file of peft or diffusers under the names that other LoRA files have.
 
     Raises UserError if the file can't be read.
     """
+    from library.weights.files import read_metadata, read_tensors
+
     path = Path(file)
     tensors = read_tensors(path)
     if not any(_PEFT.fullmatch(key) for key in tensors):
@@ -82,7 +84,7 @@ def read_lora(file: str | Path) -> dict[str, Tensor]:
     return _from_peft(tensors, json.loads(metadata.get(_PEFT_SETTINGS, "{}")))
 
 
-def modules_of(tensors: Mapping[str, Tensor], known: Spellings, source: str | Path) -> dict[str, FileModule]:
+def modules_of(tensors: "Mapping[str, Tensor]", known: Spellings, source: str | Path) -> dict[str, FileModule]:
     """The modules of a file, under the names that we write; names that this base model doesn't have stay as they are.
 
     Raises UserError if the file is no LoRA, is of another family, spells blocks in both ways or holds a module twice.
@@ -126,7 +128,7 @@ def _made_for(modules: Mapping[str, FileModule]) -> str | None:
     return _BY_CONTEXT.get(contexts.pop()) if len(contexts) == 1 else None
 
 
-def _from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+def _from_peft(tensors: "Mapping[str, Tensor]", settings: Mapping[str, Any]) -> "dict[str, Tensor]":
     """Keys of peft and diffusers as those of other LoRA files; other keys as they are.
 
     `settings` are the adapter's. Without its alpha the product of the factors counts as it is.
@@ -146,6 +148,8 @@ def _from_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> di
         alpha = _peft_alpha(settings, part, match[2]) if down else None
         if alpha is not None:
             root = tensor.shape[0] ** 0.5 if settings.get(f"{part}.use_rslora") else 1.0
+            import torch
+
             found.setdefault(f"{name}.alpha", torch.tensor(float(alpha) * root))
     return found
 

@@ -180,11 +180,25 @@ def saves_table(rows: Sequence[tuple[str, str, str]]) -> None:
     _print(table)
 
 
-def network_table(rows: Sequence[tuple[str, int, str, int, float]]) -> None:
-    """The network by part: (part, modules, rank and alpha, parameters, size of the file in bytes)."""
+@dataclass(frozen=True)
+class NetworkRow:
+    """A trained part of a network; None where only making it would tell. `size` is that in the file, in bytes."""
+
+    part: str
+    modules: int | None = None
+    rank: str = "-"
+    parameters: int | None = None
+    size: float | None = None
+
+
+def network_table(rows: Sequence[NetworkRow]) -> None:
+    """The network by part."""
     table = _table("Network", ("part", "modules", "rank (alpha)", "parameters", "size"))
-    for part, modules, rank, parameters, size in rows:
-        table.add_row(escape(part), str(modules), escape(rank), f"{parameters:,}", size_text(size))
+    for row in rows:
+        numbers = ("-" if number is None else f"{number:,}" for number in (row.modules, row.parameters))
+        modules, parameters = numbers
+        size = "-" if row.size is None else size_text(row.size)
+        table.add_row(escape(row.part), modules, escape(row.rank), parameters, size)
     _print(table)
 
 

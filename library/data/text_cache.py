@@ -138,9 +138,9 @@ class TextStore:
             if verdict != "ours":
                 missing.setdefault(caption, []).append(path)
         if stale := found.count("stale"):
-            console.say(f"{stale} cached texts no longer fit their caption, text encoder or length; they are made anew")
+            console.say(f"cached texts that no longer fit caption, text encoder or length: {stale}, made anew")
         if foreign := found.count("foreign"):
-            console.say(f"{foreign} cached texts of another program don't say of what caption; they are made anew")
+            console.say(f"cached texts of another program, which don't tell their caption: {foreign}, made anew")
         return missing
 
 

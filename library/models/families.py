@@ -43,6 +43,7 @@ class Family:
         unet_key: a diffusers module path -> how the keys of LoRA files spell it.
         v2: it is what `--v2` means.
         probes_prediction: files of this family predict noise or velocity and often don't say which.
+        usual_clip_skips: what its models are made for, the default first.
         takes_sizes: its U-Net is told the picture's size and the crop's place.
         fp16_fragile_vae: its usual VAE overflows in float16.
     """
@@ -50,11 +51,12 @@ class Family:
     name: FamilyName
     title: str
     text_encoders: tuple[TextEncoder, ...]
-    versions: Mapping[str, str]
-    sides: Mapping[str, int]
+    versions: Mapping[PredictionType, str]
+    sides: Mapping[PredictionType, int]
     latents_kind: str
     latent_scale: float
     unet_key: Callable[[str], str]
+    usual_clip_skips: tuple[int, ...]
     v2: bool = False
     probes_prediction: bool = False
     takes_sizes: bool = False
@@ -80,6 +82,7 @@ SD1 = Family(
     latents_kind="sd",
     latent_scale=0.18215,
     unet_key=diffusers_key,
+    usual_clip_skips=(1, 2),
 )
 SD2 = Family(
     name="sd2",
@@ -90,6 +93,7 @@ SD2 = Family(
     latents_kind="sd",
     latent_scale=0.18215,
     unet_key=diffusers_key,
+    usual_clip_skips=(1,),
     v2=True,
     probes_prediction=True,
 )
@@ -105,6 +109,7 @@ SDXL = Family(
     latents_kind="sdxl",
     latent_scale=0.13025,
     unet_key=sgm_key,
+    usual_clip_skips=(2,),
     takes_sizes=True,
     fp16_fragile_vae=True,
 )

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.models import recognise
 from library.models.families import SD1, SD2, SDXL, Family, Part
 from library.models.headers import Header
 from library.models.pickles import read_weights
-from library.models.recognise import strange_channels
 
 PARTS: tuple[Part, ...] = ("unet", "vae", "text_encoder", "text_encoder_2")
 _DIFFUSERS = (("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model", "bin"))
@@ -23,6 +23,16 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 SCHEDULER = "scheduler/scheduler_config.json"
 INDEX = "model_index.json"
 _WHOLE = "download the whole model"
+_LOOKED_AT = 40
+_ADAPTER_FILES = ("pytorch_lora_weights", "adapter_model", "adapter_config")
+_ALONE = {
+    "AutoencoderKL": recognise.VAE_ALONE,
+    "UNet2DConditionModel": recognise.UNET_ALONE,
+    "ControlNetModel": recognise.CONTROLNET,
+    "CLIPTextModel": recognise.TEXT_ALONE,
+    "CLIPTextModelWithProjection": recognise.TEXT_ALONE,
+    "CLIPModel": recognise.TEXT_ALONE,
+}
 
 
 def read_configs(path: Path, flag: str) -> dict[str, dict[str, Any]]:
@@ -32,15 +42,39 @@ def read_configs(path: Path, flag: str) -> dict[str, dict[str, Any]]:
         UserError: not a diffusers folder, or a JSON file that can't be read.
     """
     if not (path / INDEX).is_file() and not (path / "unet" / "config.json").is_file():
-        advice = "give a folder with model_index.json and unet/, or one .safetensors file"
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".safetensors")
-        if (path.parent / INDEX).is_file():
-            advice = f"did you mean {path.parent}?"
-        elif inside:
-            advice = f"did you mean {path / inside[0]}?"
-        raise UserError.single(flag, f"{path} is a folder, but not a diffusers model folder", advice)
+        raise _no_model(path, flag)
     files = {"index": INDEX, "scheduler": SCHEDULER} | {str(part): f"{part}/config.json" for part in PARTS}
     return {part: read_json(path / name, flag) for part, name in files.items()}
+
+
+def _no_model(path: Path, flag: str) -> UserError:
+    """What a folder is that holds no diffusers model; a file in it is offered only if it is a base model."""
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+    kinds = dict(_kinds(path, names))
+    wrong = f"{path} is a folder, but not a diffusers model folder"
+    if base := next((name for name, kind in kinds.items() if isinstance(kind, Family)), None):
+        return UserError.single(flag, wrong, f"did you mean {path / base}?")
+    advice = f"did you mean {path.parent}?" if (path.parent / INDEX).is_file() else recognise.SUPPORTED
+    config = read_json(path / "config.json", flag)
+    classes = [config.get("_class_name"), *(config.get("architectures") or ())]
+    alone = next((_ALONE[str(name)] for name in classes if str(name) in _ALONE), None)
+    if alone is None and not kinds and any(name.startswith(_ADAPTER_FILES) for name in names):
+        alone = recognise.ADAPTER
+    if alone:
+        return UserError.single(flag, f"{path} is {alone}", advice)
+    for name, kind in kinds.items():
+        return UserError.single(flag, f"{path} is not a diffusers model folder, and {name} in it is {kind}", advice)
+    return UserError.single(flag, wrong, "give a folder with model_index.json and unet/, or one .safetensors file")
+
+
+def _kinds(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Family | str]]:
+    """What the weight files of a folder are, by their headers; damaged ones are passed over."""
+    files = [name for name in names if name.endswith((".safetensors", ".ckpt"))]
+    for name in files[:_LOOKED_AT]:
+        try:
+            yield name, recognise.family_or_kind(read_weights(path / name, str(path / name)))
+        except UserError:
+            continue
 
 
 def read_json(path: Path, flag: str) -> dict[str, Any]:
@@ -62,7 +96,7 @@ def read_json(path: Path, flag: str) -> dict[str, Any]:
 
 def family_or_kind(configs: dict[str, dict[str, Any]]) -> Family | str:
     """The family of a base model in a folder, with or without VAE and text encoders; else what it is."""
-    index, unet, text = configs["index"], configs["unet"], configs["text_encoder"]
+    index, unet = configs["index"], configs["unet"]
     name = str(index.get("_class_name", ""))
     if name.startswith("Flux"):
         return "a Flux model"
@@ -70,15 +104,27 @@ def family_or_kind(configs: dict[str, dict[str, Any]]) -> Family | str:
         return "a Stable Diffusion 3 model"
     if not unet:
         return f"a diffusers folder without unet/config.json ({name or 'no model_index.json'})"
-    if strange := strange_channels(int(unet.get("in_channels", 4))):
+    if strange := recognise.strange_channels(int(unet.get("in_channels", 4))):
         return strange
-    if unet.get("addition_embed_type") == "text_time":
-        first = index.get("text_encoder", True)
-        return "an SDXL refiner" if not first or first == [None, None] else SDXL
-    if unet.get("class_embed_type") or unet.get("num_class_embeds") or unet.get("addition_embed_type"):
+    family = family_of_latents(configs)
+    if family is None:
         return "a model of an unknown family (its U-Net takes more than noise, time and text)"
-    if "XL" in name or "text_encoder_2" in index:
+    first = index.get("text_encoder", True)
+    if family is SDXL and (not first or first == [None, None]):
+        return "an SDXL refiner"
+    if family is not SDXL and ("XL" in name or "text_encoder_2" in index):
         return "a model of an unknown family (two text encoders, but a U-Net for one)"
+    return family
+
+
+def family_of_latents(configs: dict[str, dict[str, Any]]) -> Family | None:
+    """The family whose latents a whole model's VAE makes, also of one that can't be trained on, such as a refiner; None
+    without a U-Net's config, and where it isn't known."""
+    unet, text = configs["unet"], configs["text_encoder"]
+    if unet.get("addition_embed_type") == "text_time":
+        return SDXL
+    if not unet or unet.get("class_embed_type") or unet.get("num_class_embeds") or unet.get("addition_embed_type"):
+        return None
     if unet.get("use_linear_projection") or text.get("hidden_act") == "gelu" or unet.get("cross_attention_dim") == 1024:
         return SD2
     return SD1

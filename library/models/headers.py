@@ -104,7 +104,7 @@ def read_header(path: Path, where: str | None = None) -> Header:
 
 def _not_safetensors(start: bytes, length: int, size: int) -> str:
     if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:] != b"{":
-        return "is a PyTorch pickle with the wrong ending, not a safetensors file"
+        return "is a PyTorch pickle with the ending of a safetensors file; rename it to .ckpt"
     if start.startswith((b"version ", b"<!", b"<html")):
         return "is a text file (a git-lfs pointer or a web page), not a safetensors file"
     if length <= _MAX_HEADER:

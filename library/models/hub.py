@@ -80,12 +80,13 @@ def _promised(index: Mapping[str, Any]) -> set[str]:
 
 
 def vae_files(names: Collection[str], _index: Mapping[str, Any]) -> list[str] | None:
-    """What is wanted of a VAE, be it alone or within a whole model."""
+    """What is wanted of a VAE, be it alone or within a whole model, whose U-Net's config tells the family."""
     place = "vae/" if "vae/config.json" in names else ""
     weights = folder.weight_file(_inside(names, place.rstrip("/")), "vae", None)
     if f"{place}config.json" not in names or weights is None:
         return None
-    return [f"{place}config.json", f"{place}{weights}"]
+    told = [name for name in ("unet/config.json",) if name in names]
+    return [f"{place}config.json", f"{place}{weights}", *told]
 
 
 def _inside(names: Collection[str], part: str) -> set[str]:

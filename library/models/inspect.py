@@ -3,6 +3,7 @@
 `inspect` raises for everything that a real run could not load; what it returns is all that `models.load` needs.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from library.errors import UserError
@@ -18,8 +19,10 @@ from library.tokenizer import VOCABULARY_SIZE
 
 FLAG = "--pretrained_model_name_or_path"
 _READABLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale")
 _NOTHING_SAID = Said()
 _TEXT_FLAG = "--text_encoder"
+_PLAIN = "use a file in fp32, fp16 or bf16"
 
 
 def inspect(
@@ -68,20 +71,20 @@ def inspect(
         prediction_type=decision.prediction_type,
         zero_terminal_snr=decision.zero_terminal_snr,
         vae_factor=2 ** (len(vae_part.config.get("block_out_channels", (0,))) - 1),
-        findings=(
-            _layout(base),
-            *decision.findings,
-            *(("its kind of VAE overflows in float16",) if family.fp16_fragile_vae else ()),
-            *((f"VAE from --vae {vae_place.name}",) if vae_place else ()),
-            *((f"text encoders from --text_encoder {text_encoder}",) if text_encoder else ()),
-        ),
         vae_path=vae_place.path if vae_place else None,
         vae_name=vae_place.name if vae_place else None,
     )
     _check(info)
     if check_hash:
         check_hashes((_named(part, header.path), header) for part in parts.values() for header in part.headers)
-    return info
+    findings = (
+        _layout(base),
+        *decision.findings,
+        *(("its kind of VAE overflows in float16",) if info.vae_fragile else ()),
+        *((f"VAE from --vae {info.vae_name}",) if info.vae_name else ()),
+        *((f"text encoders from --text_encoder {text_encoder}",) if text_encoder else ()),
+    )
+    return replace(info, findings=findings)
 
 
 def _layout(base: Base) -> str:
@@ -163,6 +166,9 @@ def _check_dtypes(name: str, part: PartInfo) -> None:
     """Quantized weights can't be read."""
     for header in part.headers:
         for tensor, entry in header.entries.items():
+            if tensor == _SCALES[0] or (tensor.startswith(part.prefix) and tensor.endswith(_SCALES)):
+                wrong = f"its {name} is in scaled fp8 (by its tensor {tensor}), whose values are not the weights"
+                raise UserError.single(part.where, wrong, _PLAIN)
             if tensor.startswith(part.prefix) and entry.dtype not in _READABLE and not tensor.endswith("position_ids"):
                 wrong = f"the tensor {tensor} of its {name} is of type {entry.dtype}"
-                raise UserError.single(part.where, wrong, "use a file in fp32, fp16 or bf16")
+                raise UserError.single(part.where, wrong, _PLAIN)

@@ -15,12 +15,13 @@ from torch import Tensor
 from library.conditioning import Conditioning
 from library.console import say
 from library.models import samplers
-from library.models.families import Part
+from library.models.families import Part, PredictionType
 from library.models.info import ModelInfo
 from library.models.memory import give_back
 from library.models.parts import load_part
-from library.models.prompts import WORDS, TextStates, encode_rows, token_rows, weighted_rows
+from library.models.prompts import TextStates, encode_rows, token_rows, weighted_rows
 from library.models.schedule import alphas_cumprod
+from library.tokenizer import WORDS
 
 if TYPE_CHECKING:
     from library.models.preview import PreviewPipeline
@@ -58,7 +59,7 @@ class Model(ABC):
         self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
         self.unet, self.vae, self.text_encoders = unet, vae, text_encoders
         self.clip_skip, self.max_words, self.weighted = clip_skip, max_token_length or WORDS, weighted
-        self.prediction_type: str = info.prediction_type or "epsilon"
+        self.prediction_type: PredictionType = info.prediction_type or "epsilon"
         self.vae_factor = info.vae_factor
         self.latent_scale = float(info.vae_config.get("scaling_factor", self.family.latent_scale))
         self.alphas_cumprod = alphas_cumprod(info.scheduler_config)

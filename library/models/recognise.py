@@ -10,6 +10,7 @@ from library.models.headers import Header
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 ADAPTER = "a LoRA (or another adapter), not a base model; --network_weights takes those"
 CONTROLNET = "a ControlNet, not a base model"
+UNET_ALONE = "only the U-Net of a diffusers folder; give the folder that holds model_index.json"
 VAE_ALONE = "a VAE alone, not a base model"
 TEXT_ALONE = "a text encoder alone, not a base model"
 SUPPORTED = f"base models of {', '.join(family.title for family in FAMILIES.values())} can be trained on"
@@ -59,7 +60,7 @@ def family_of_latents(header: Header) -> Family | None:
     if not isinstance(family, str):
         return family
     if header.any("cond_stage_model."):
-        return SD2 if header.any("cond_stage_model.model.") else SD1
+        return SD2
     return SDXL if header.any("conditioner.", f"{UNET}label_emb.") else None
 
 
@@ -82,7 +83,7 @@ def _without_unet(header: Header) -> str:
     if header.any("joint_blocks.", "transformer_blocks.0.norm1_context."):
         return "a Stable Diffusion 3 model"
     if header.any("down_blocks.", "conv_in.") and header.any("mid_block.", "up_blocks."):
-        return "only the U-Net of a diffusers folder; give the folder that holds model_index.json"
+        return UNET_ALONE
     if header.any(VAE, "encoder.down.", "encoder.down_blocks.", "decoder.up."):
         return VAE_ALONE
     if header.any("text_model.", "encoder.layers.", "cond_stage_model.", "conditioner.", "transformer.resblocks."):

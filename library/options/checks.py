@@ -263,6 +263,8 @@ def _notices(options: Options) -> Iterator[str]:
         yield f"{options.where('save_every_n_epochs')}: has no effect, because save_n_epoch_ratio counts"
     if options.network.network_dropout is not None and "dropout" in options.network_arguments():
         yield f"{options.where('network_args')}: dropout has no effect, because network_dropout counts"
+    if options.network.network_train_unet_only and any(options.optimizer.text_encoder_lr or ()):
+        yield f"{options.where('text_encoder_lr')}: has no effect with --network_train_unet_only"
     if options.training.resume_schedule is not None and options.training.resume is None:
         yield f"{options.where('resume_schedule')}: has no effect without --resume"
     if "text_memo_mb" in options.explicit and _text_encoders_train(options):

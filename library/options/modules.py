@@ -24,6 +24,9 @@ LORA_ARGS: Mapping[str, Flag] = {
     )
 }
 LYCORIS_ALGOS = ("locon", "lora", "loha", "lokr", "ia3", "dylora", "diag-oft", "boft", "glora", "full")
+LYCORIS_PRESETS = (
+    *("full", "full-lin", "attn-mlp", "attn-only", "unet-only", "unet-transformer-only", "unet-convblock-only", "ia3"),
+)
 LORA_REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         [
@@ -117,11 +120,15 @@ def pairs(items: Sequence[str], where: str) -> tuple[dict[str, str], list[Proble
 
 def check_network_args(module: str | None, items: Sequence[str], where: str) -> list[Problem]:
     """Problems of --network_args; what the keys mean is known for `networks.lora` only (0 or None: no conv layers), and
-    of LyCORIS' settings its algorithm."""
+    of LyCORIS' settings its algorithm and preset."""
     found, problems = pairs(items, where)
     if module == "lycoris.kohya" and found.get("algo", "lora").lower() not in LYCORIS_ALGOS:
         hint = nearest(found["algo"].lower(), LYCORIS_ALGOS) or f"known are {', '.join(LYCORIS_ALGOS)}"
         problems.append(Problem(where, f"LyCORIS has no algo {found['algo']}", hint))
+    preset = found.get("preset", "full")
+    if module == "lycoris.kohya" and preset not in LYCORIS_PRESETS and not Path(preset).is_file():
+        hint = nearest(preset, LYCORIS_PRESETS) or f"known are {', '.join(LYCORIS_PRESETS)}, or a TOML file"
+        problems.append(Problem(where, f"LyCORIS has no preset {preset}", hint))
     if module != "networks.lora":
         return problems
     for key, value in found.items():

@@ -32,6 +32,9 @@ class _RaisingParser(argparse.ArgumentParser):
             raise UserError.single(ambiguous[1], "is ambiguous", f"it could be {ambiguous[2]}")
         found = _ARGUMENT.fullmatch(message)
         where, wrong = found.groups() if found else ("command line", message)
+        if found and "ignored explicit argument" in wrong:
+            advice = f"leave it out, or write {where[2:]} = false in a config file"
+            raise UserError.single(where, "is a switch, which takes no value", advice)
         raise UserError.single(where, wrong)
 
 

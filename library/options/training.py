@@ -56,7 +56,7 @@ class Loss(Group):
     zero_terminal_snr: bool = honoured(
         False,
         "rescale the noise schedule so that it ends in pure noise; on by itself where the base model says that it was "
-        "trained so, refused where it says otherwise",
+        "trained so",
     )
     scale_v_pred_loss_like_noise_pred: bool = refused(
         False, "weigh the loss of a v-prediction like that of a noise prediction", _LATER

@@ -53,7 +53,8 @@ def _one(flag: Flag, raw: Any) -> Any:
     value = _CONVERSIONS[flag.shape](flag, raw)
     if flag.choices and value not in flag.choices:
         hint = nearest(str(value), [str(choice) for choice in flag.choices])
-        raise ValueError(f"{value!r} is not among {flag.type_name()}" + (f"; {hint}" if hint else ""))
+        also = "".join(f" or {text}" for text, meant in flag.synonyms.items() if meant is None and text != "None")
+        raise ValueError(f"{value!r} is not among {flag.type_name()}{also}" + (f"; {hint}" if hint else ""))
     if flag.zero_is_off and value < 1:
         return UNSET
     for limit, bound in flag.limits:

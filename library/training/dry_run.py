@@ -69,13 +69,13 @@ def _moments(plan: SavePlan, clock: Clock) -> list[int]:
     return sorted(moments)
 
 
-def _network_rows(prepared: Prepared) -> list[tuple[str, int, str, int, float]]:
+def _network_rows(prepared: Prepared) -> list[report.NetworkRow]:
     """One row per trained part of a LoRA of ours; another module's size is known only when it is made."""
     options = prepared.options
     network = options.network
     if network.network_module != "networks.lora" or network.dim_from_weights:
-        what = "ranks of --network_weights" if network.dim_from_weights else "size known when it is made"
-        return [(f"{network.network_module}: {what}", 0, "-", 0, 0.0)]
+        what = "as --network_weights" if network.dim_from_weights else " ".join(network.network_args or ())
+        return [report.NetworkRow(f"{network.network_module} {what}".strip())]
     given = options.network_arguments()
     lora = parse(network.network_dim, network.network_alpha, given, neuron_dropout=network.network_dropout)
     model, rates = prepared.model, prepared.rates
@@ -94,5 +94,6 @@ def _network_rows(prepared: Prepared) -> list[tuple[str, int, str, int, float]]:
             rank = f"{lora.dim} ({lora.alpha:g})"
             if lora.conv_dim and part == "unet":
                 rank += f", 3x3: {lora.conv_dim} ({lora.conv_alpha:g})"
-            rows.append((part, modules, rank, count, float(count * BYTES[options.output.save_precision])))
+            size = float(count * BYTES[options.output.save_precision])
+            rows.append(report.NetworkRow(part, modules, rank, count, size))
     return rows

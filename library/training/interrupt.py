@@ -7,6 +7,8 @@ from typing import Self
 
 from library.training.launcher import under_launcher
 
+_STOPPING = b"\nstopping: this step ends, then weights and state are saved; a second signal ends at once\n"
+
 
 class StoppedError(BaseException):
     """Raised outside the loop, where there is nothing to save yet. `exit_code` is 130 or 143.
@@ -42,6 +44,8 @@ class Interrupt:
         self._signal = number
         if not self._deferred:
             raise StoppedError(128 + number)
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, _STOPPING)
 
     def defer(self) -> None:
         """From here on the loop asks; a signal no longer raises."""

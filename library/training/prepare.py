@@ -18,14 +18,16 @@ from library.data.report import pictures_table
 from library.data.sources import Scan, survey
 from library.errors import Problem, UserError
 from library.models import samplers
-from library.models.headers import read_header
 from library.models.info import ModelInfo, Said
 from library.models.inspect import inspect
+from library.models.pickles import read_weights
 from library.options import Options, load_datasets
 from library.options.specs import DatasetSpec
 from library.training.prompts import Prompt, read_prompts
+from library.training.start_weights import check_lora
 from library.training.state import RunState, changes, check_same_run, find_latest, read_state, schedule_total
 from library.training.steps import Clock, PreviewPlan, SavePlan, epochs_between_saves, make_clock
+from networks.lora_args import parse as parse_lora
 
 Result = TypeVar("Result")
 PREDICTION = "prediction type"
@@ -134,8 +136,8 @@ def prepare(options: Options) -> Prepared:
         prompts = collect.attempt(lambda: read_prompts(path)) or ()
         collect.attempt(lambda: samplers.check(sampling.sample_sampler))
     weights = options.network.network_weights
-    if weights is not None and weights.suffix == ".safetensors":
-        collect.attempt(lambda: read_header(weights, options.where("network_weights")))
+    if weights is not None and weights.is_file() and (base := model):
+        collect.attempt(lambda: _check_weights(options, weights, base))
     resume = collect.attempt(lambda: _find_resume(options, notices))
     if model and resume and model.prediction_type is None:
         model = as_probed(model, resume.state)
@@ -197,14 +199,17 @@ def _inspect(options: Options) -> ModelInfo:
     """The base model that the options name, with what its flags say of it."""
     chosen = options.model
 
-    names = ("v2", "v_parameterization", "zero_terminal_snr")
-
     def said(name: str) -> bool | None:
         return bool(options.value(name)) if name in options.explicit else None
 
     return inspect(
         str(chosen.pretrained_model_name_or_path),
-        said=Said(*(said(name) for name in names), places={name: options.where(name) for name in names}),
+        said=Said(
+            said("v2"),
+            said("v_parameterization"),
+            said("zero_terminal_snr"),
+            {name: options.where(name) for name in ("v2", "v_parameterization", "zero_terminal_snr")},
+        ),
         vae=chosen.vae,
         text_encoder=chosen.text_encoder,
         variant=chosen.variant,
@@ -233,6 +238,16 @@ def _text_problems(options: Options, model: ModelInfo) -> list[Problem]:
     return problems
 
 
+def _check_weights(options: Options, weights: Path, model: ModelInfo) -> None:
+    """`--network_weights`, as far as its header tells whether it fits."""
+    network, where = options.network, options.where("network_weights")
+    if network.network_module != "networks.lora":
+        read_weights(weights, f"{where} {weights}")
+        return
+    shape = parse_lora(network.network_dim, network.network_alpha, options.network_arguments())
+    check_lora(weights, where, model, None if network.dim_from_weights else shape)
+
+
 def _without_effect(options: Options, model: ModelInfo) -> Iterator[str]:
     """Lines about flags that do nothing for this family."""
     if model.zero_terminal_snr and model.prediction_type == "epsilon":
@@ -240,6 +255,12 @@ def _without_effect(options: Options, model: ModelInfo) -> Iterator[str]:
             "zero terminal SNR with a model that predicts noise: its last timestep teaches nothing, and previews are "
             "drawn on the plain schedule; --v_parameterization is for models that predict velocity"
         )
+    if options.model.variant and model.layout == "single_file":
+        yield "--variant: has no effect, the base model is a single file"
+    skip = options.model.clip_skip
+    if skip is not None and skip not in model.family.usual_clip_skips:
+        usual = " or ".join(str(one) for one in model.family.usual_clip_skips)
+        yield f"--clip_skip {skip}: {model.family.title} models are made for {usual}, and other programs take that"
     if options.dataset.exact_crop_conditioning and not model.family.takes_sizes:
         yield f"--exact_crop_conditioning: has no effect, {model.family.title} models aren't told sizes and crops"
 

@@ -21,6 +21,7 @@ from library.rng import rng
 from library.training.attach import attach_network
 from library.training.distributed import Processes, join_processes
 from library.training.interrupt import Interrupt
+from library.training.launcher import under_launcher
 from library.training.loop import Encode, Events, Loop, LoopSettings, NonFiniteLossError
 from library.training.objective import NoiseSettings, Objective
 from library.training.optimizers import build_optimizer, parse_arguments
@@ -329,6 +330,5 @@ def resume_command(argv: Sequence[str], state: Path | None) -> str:
         else:
             arguments.append(argument)
     cpu = ["--cpu"] if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else []
-    return shlex.join(
-        ["accelerate", "launch", *cpu, "--quiet", sys.argv[0], *arguments, "--resume", str(state or "latest")]
-    )
+    start = ["accelerate", "launch", *cpu, "--quiet"] if under_launcher() else ["python"]
+    return shlex.join([*start, sys.argv[0], *arguments, "--resume", str(state or "latest")])

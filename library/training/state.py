@@ -65,12 +65,13 @@ def flush(path: Path) -> None:
 def write_state(folder: Path, state: RunState, tensors: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
     """Write a state folder; one of the same name is replaced only when the new one is complete."""
     import torch
-    from safetensors.torch import save_file
+
+    from library.weights.files import save_safetensors
 
     _tidy(folder)
     temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
     temporary.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+    save_safetensors(tensors, temporary / TENSORS, {})
     torch.save(dict(optimizer), temporary / OPTIMIZER)
     manifest = {
         "format": "lorasmith state",

@@ -1,7 +1,7 @@
 """Where a run's text conditioning comes from: the text encoders while they train, else a store of their outputs."""
 
 from library.console import say
-from library.data.caption_plan import forecast, plan_captions
+from library.data.caption_plan import plan_captions
 from library.data.text_cache import TextStore
 from library.data.text_files import TextFiles
 from library.models.model import Model
@@ -36,7 +36,6 @@ def text_source(prepared: Prepared, model: Model, processes: Processes) -> tuple
     store = TextStore(model.encode_prompts, memo_bytes=use.memo_bytes, device=model.device, files=files)
     if not use.ahead:
         return store, False
-    say(forecast(captions, use, seed=prepared.seed).line())
     prompts = [text for prompt in prepared.prompts for text in (prompt.prompt, prompt.negative_prompt or "")]
     store.fill(
         [*captions.known, *prompts],
@@ -45,4 +44,10 @@ def text_source(prepared: Prepared, model: Model, processes: Processes) -> tuple
         world_size=processes.count,
         wait=processes.wait,
     )
-    return store, not captions.varying
+    wanted = len(captions.known)
+    counts = f"{wanted} that never vary ({store.encodings} texts encoded now, previews' prompts included)"
+    if captions.varying:
+        say(f"text: captions of {len(captions.varying)} pictures vary and go through the memo; kept are {counts}")
+        return store, False
+    say(f"text: captions kept are {counts}; the text encoders are released")
+    return store, True

@@ -54,7 +54,7 @@ def atomic_write(path: Path, verify: Callable[[Path], None] | None = None) -> It
             os.fsync(file.fileno())
         if verify is not None:
             verify(temporary)
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(new_file_mode())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -62,10 +62,11 @@ def atomic_write(path: Path, verify: Callable[[Path], None] | None = None) -> It
     _sync_folder(path.parent)
 
 
-def _umask() -> int:
+def new_file_mode() -> int:
+    """The permissions that the user's umask gives to new files; those of temporary ones are narrower."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -316,7 +316,7 @@ def test_nan_names_the_picture(folder: Path, make_spec: MakeSpec, to_disk: bool)
             latents[-1, 0, 0, 0] = float("nan")
         return latents
 
-    with pytest.raises(UserError, match=r"p2\.png: the VAE gave NaN") as error:
+    with pytest.raises(UserError, match=r"p2\.png: the VAE gives NaN") as error:
         LatentCache.build(plan_for(make_spec(folder)), broken, vae_id="x", to_disk=to_disk, vae_batch_size=2)
     assert len(error.value.problems) == 1
 

@@ -40,7 +40,9 @@ def test_tables(scanned: Callable[..., tuple[sources.Scan, Plan]], capsys: pytes
         samples=20, batches=10, accumulation=2, updates_per_epoch=5, epochs=3, steps=15, global_batch="2 x 1"
     )
     report.saves_table([("weights", "every 2 epochs", "cat-000002.safetensors")])
-    report.network_table([("U-Net", 192, "8 (4.0)", 1234567, 2.5 * 2**20)])
+    report.network_table(
+        [report.NetworkRow("U-Net", 192, "8 (4.0)", 1234567, 2.5 * 2**20), report.NetworkRow("foreign")]
+    )
     said = capsys.readouterr().out
     for piece in (
         "5_cat",

@@ -109,19 +109,41 @@ def test_a_scheduler_config_is_evidence(tiny_sd1: Path, tmp_path: Path) -> None:
 
 def test_contradictions_show_the_evidence(tiny_models: Models, tmp_path: Path) -> None:
     (one,) = problems(tiny_models("sd1_file"), Said(v2=True))
-    assert one.startswith("--v2: tiny_sd1.safetensors is an SD1 model") and one.endswith("; leave --v2 out")
+    assert one.startswith("--v2: tiny_sd1.safetensors is an SD1 model") and one.endswith("; leave it out")
     (one,) = problems(tiny_models("sd2"), Said(v2=False))
     assert one.startswith("--v2: tiny_sd2 is an SD2 model")
     (one,) = problems(tiny_models("sd2"), Said(v_parameterization=False))
     assert one.startswith("--v_parameterization: tiny_sd2 predicts v (its scheduler_config.json)")
     (one,) = problems(tiny_models("sd1"), Said(v_parameterization=True))
     assert "tiny_sd1 predicts noise (its scheduler_config.json)" in one
-    (one,) = problems(tiny_models("sdxl"), Said(zero_terminal_snr=True))
-    assert one.startswith("--zero_terminal_snr: tiny_sdxl has no zero terminal SNR (its scheduler_config.json)")
+    rescaled = scheduled(tiny_models("sdxl"), tmp_path / "rescaled", rescale_betas_zero_snr=True)
+    (one,) = problems(rescaled, Said(zero_terminal_snr=False))
+    assert one.startswith("--zero_terminal_snr: rescaled has zero terminal SNR (its scheduler_config.json)")
     file = marked(tiny_models("sdxl"), tmp_path / "noob.safetensors", "v_pred", "ztsnr")
     three = problems(file, Said(v2=True, v_parameterization=False, zero_terminal_snr=False))
     assert [one.split(":")[0] for one in three] == ["--v2", "--v_parameterization", "--zero_terminal_snr"]
     assert "(its tensor v_pred)" in three[1] and "noob.safetensors has zero terminal SNR (its tensor ztsnr)" in three[2]
+
+
+def test_contradictions_name_the_place_of_what_was_said(tiny_models: Models, tmp_path: Path) -> None:
+    file = marked(tiny_models("sdxl"), tmp_path / "noob.safetensors", "v_pred", "ztsnr")
+    places = {"v2": "run.toml:3 v2", "zero_terminal_snr": "run.toml:5 zero_terminal_snr"}
+    three = problems(file, Said(v2=True, v_parameterization=False, zero_terminal_snr=False, places=places))
+    assert [one.split(": ")[0] for one in three] == [places["v2"], "--v_parameterization", places["zero_terminal_snr"]]
+    assert all(one.endswith("; leave it out") for one in three)
+    places = {"v_parameterization": "run.toml:4 v_parameterization"}
+    info = inspect(tiny_models("sdxl_file"), said=Said(v_parameterization=True, places=places))
+    assert "predicts v (run.toml:4 v_parameterization; the model doesn't say)" in info.line
+
+
+def test_a_false_in_a_scheduler_config_is_no_evidence(tiny_models: Models, tmp_path: Path) -> None:
+    folder = scheduled(tiny_models("sdxl"), tmp_path / "plain", rescale_betas_zero_snr=False)
+    info = inspect(folder, said=Said(zero_terminal_snr=True))
+    assert info.zero_terminal_snr and info.scheduler_config["rescale_betas_zero_snr"] is True
+    assert "zero terminal SNR (--zero_terminal_snr)" in info.line
+    for said in (Said(), Said(zero_terminal_snr=False)):
+        info = inspect(folder, said=said)
+        assert not info.zero_terminal_snr and "zero terminal SNR" not in info.line
 
 
 def test_flags_that_agree_with_the_evidence(tiny_models: Models, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_other_vaes(tiny_models: Models, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    base, folder = tiny_models("sd1_file"), tiny_models("sdxl")
+    base, folder = tiny_models("sd1_file"), tiny_models("sd2")
     stem = "first_stage_model."
     bare = {name.removeprefix(stem): torch.from_numpy(array.copy()) for name, array in
             original_tensors(folder, parts=["vae"]).items()}  # fmt: skip
@@ -230,15 +230,17 @@ def test_other_vaes(tiny_models: Models, tmp_path: Path) -> None:
     diffusers = folder / "vae" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(diffusers), tmp_path / "diffusers.bin")
     alone = copy(folder / "vae", tmp_path / "alone")
-    own = tiny_models("sdxl_file")
+    edit(alone / "config.json", scaling_factor=0.5)
+    own = tiny_models("sd2_file")
     for path, original, prefix, scale in (
         (tmp_path / "bare.safetensors", True, "", 0.18215),
         (tmp_path / "bare.ckpt", True, "", 0.18215),
         (tmp_path / "diffusers.bin", False, "", 0.18215),
         (diffusers, False, "", 0.18215),
         (own, True, stem, 0.18215),
-        (alone, False, "", 0.13025),
-        (folder, False, "", 0.13025),
+        (alone, False, "", 0.5),
+        (alone / "diffusion_pytorch_model.safetensors", False, "", 0.5),
+        (folder, False, "", 0.18215),
     ):
         info = inspect(base, vae=str(path))
         part = info.parts["vae"]
@@ -254,6 +256,73 @@ def test_other_vaes(tiny_models: Models, tmp_path: Path) -> None:
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     assert "holds no VAE, it is a LoRA" in refusal(base, vae=str(tmp_path / "lora.safetensors"))
     assert "does not exist" in refusal(base, vae=str(tmp_path / "none.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("family", "other", "needed"),
+    [("sd1", "sdxl", "SD1 or SD2"), ("sd2", "sdxl", "SD1 or SD2"), ("sdxl", "sd2", "SDXL")],
+)
+def test_vaes_of_another_family_are_refused(
+    family: str, other: str, needed: str, tiny_models: Models, tmp_path: Path
+) -> None:
+    base, folder = tiny_models(f"{family}_file"), tiny_models(other)
+    title = inspect(folder).family.title
+    for whole in (folder, tiny_models(f"{other}_file"), save_pickle(folder, tmp_path / "model.ckpt")):
+        message = refusal(base, vae=str(whole))
+        assert message.startswith(f"--vae: {whole} is an {title} model, whose VAE makes other latents; "), message
+        assert message.endswith(f"needs a VAE of {needed} models")
+    silent = copy(folder, tmp_path / "silent")
+    config = json.loads((silent / "vae" / "config.json").read_text())
+    scale = config.pop("scaling_factor")
+    (silent / "vae" / "config.json").write_text(json.dumps(config))
+    weights = "diffusion_pytorch_model.safetensors"
+    for whole in (silent, silent / "vae", silent / "vae" / weights):
+        assert f"{silent} is an {title} model" in refusal(base, vae=str(whole))
+    alone = copy(folder / "vae", tmp_path / "alone")
+    for path in (alone, alone / weights):
+        message = refusal(base, vae=str(path))
+        assert message.startswith(f"--vae: {alone} is a VAE of ") and f"has the scaling_factor {scale}" in message
+    (alone / "config.json").unlink()
+    assert inspect(base, vae=str(alone / weights)).vae_config["scaling_factor"] == inspect(base).family.latent_scale
+
+
+@pytest.mark.parametrize("kind", ["refiner", "inpainting"])
+def test_vaes_of_models_that_can_not_be_trained_have_a_family_too(
+    kind: str, tiny_models: Models, tmp_path: Path
+) -> None:
+    file, folder = tmp_path / "model.safetensors", copy(tiny_models("sdxl"), tmp_path / "model")
+    shapes = {name: array.shape for name, array in original_tensors(folder).items()}
+    if kind == "refiner":
+        shapes = {name: shape for name, shape in shapes.items() if ".embedders.1." not in name}
+        shapes = {name.replace("embedders.0.transformer", "embedders.0.model"): s for name, s in shapes.items()}
+        edit(folder / "model_index.json", text_encoder=[None, None])
+    else:
+        shapes["model.diffusion_model.input_blocks.0.0.weight"] = (32, 9, 3, 3)
+        edit(folder / "unet" / "config.json", in_channels=9)
+    write_sparse(file, shapes)
+    for path in (file, folder):
+        assert f"is an {'SDXL refiner' if kind == 'refiner' else 'inpainting model'}" in refusal(path)
+        assert f"{path} is an SDXL model, whose VAE" in refusal(tiny_models("sd1"), vae=str(path))
+        assert inspect(tiny_models("sdxl"), vae=str(path)).vae_path == path
+
+
+def test_a_vae_that_was_mended_for_float16_is_known_by_its_config(tiny_models: Models, tmp_path: Path) -> None:
+    fixed = copy(tiny_models("sdxl") / "vae", tmp_path / "fixed")
+    edit(fixed / "config.json", force_upcast=False)
+    whole = copy(tiny_models("sdxl"), tmp_path / "whole")
+    edit(whole / "vae" / "config.json", force_upcast=False)
+    for info in (
+        inspect(tiny_models("sdxl_file"), vae=str(fixed)),
+        inspect(tiny_models("sdxl"), vae=str(fixed / "diffusion_pytorch_model.safetensors")),
+        inspect(whole),
+        inspect(tiny_models("sd1")),
+    ):
+        assert not info.vae_fragile and "float16" not in info.line
+    silent = json.loads((fixed / "config.json").read_text())
+    del silent["force_upcast"]
+    (fixed / "config.json").write_text(json.dumps(silent))
+    for info in (inspect(whole, vae=str(fixed)), inspect(whole, vae=str(tiny_models("sdxl_file")))):
+        assert info.vae_fragile and "its kind of VAE overflows in float16" in info.line
 
 
 def test_sd2_files_have_a_layer_that_their_unet_does_not_know(tiny_sd2: Path, tmp_path: Path) -> None:
@@ -292,7 +361,7 @@ def test_no_torch_is_imported(tiny_sd1: Path, tiny_sdxl_file: Path, repo_root: P
     code = (
         "import sys; from library.models.inspect import inspect; from library.errors import UserError\n"
         "assert inspect(sys.argv[1]).family_name == 'sd1'\n"
-        "assert inspect(sys.argv[2], vae=sys.argv[1]).family_name == 'sdxl'\n"
+        "assert inspect(sys.argv[2], vae=sys.argv[2]).family_name == 'sdxl'\n"
         "try: inspect(sys.argv[1] + 'x')\n"
         "except UserError as error: print(error)\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"

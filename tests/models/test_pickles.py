@@ -177,6 +177,49 @@ def test_damaged_pickles(damage: Callable[[Path], object], zipped: bool, said: s
     assert said in refusal(path)
 
 
+def encrypt(path: Path, member: str) -> None:
+    """Mark a member as encrypted, in its own header and in the archive's list."""
+    raw = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith(member))
+        places = [info.header_offset + 6, raw.index(info.filename.encode(), archive.start_dir) - 46 + 8]
+    for place in places:
+        raw[place] |= 1
+    path.write_bytes(bytes(raw))
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "byteorder", "data/0"])
+def test_encrypted_members_are_named(member: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    torch.save({"weight": torch.zeros(4)}, path)
+    encrypt(path, member)
+    message = refusal(path)
+    assert f"/{member} is compressed or encrypted; convert it" in message
+
+
+@pytest.mark.parametrize("member", ["data.pkl", "byteorder"])
+def test_compressed_members_are_named(member: str, tmp_path: Path) -> None:
+    """A broken stream of a member that PyTorch never compresses isn't even opened."""
+    path = tmp_path / "model.ckpt"
+    names = {"a/data.pkl": b"\x80\x02}.", "a/byteorder": b"little"}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in names.items():
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name.endswith(member) else zipfile.ZIP_STORED)
+        start = next(info.header_offset + 30 + len(info.filename) for info in archive.infolist()
+                     if info.filename.endswith(member))  # fmt: skip
+    raw = bytearray(path.read_bytes())
+    raw[start : start + 2] = b"\xff\xff"
+    path.write_bytes(bytes(raw))
+    assert f"a/{member} is compressed or encrypted" in refusal(path)
+
+
+def test_a_byteorder_of_any_length_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    torch.save({"weight": torch.zeros(4)}, path)
+    rewrite(path, lambda name, content: b"little" * 1000 if name.endswith("byteorder") else content)
+    assert "damaged zip archive" in refusal(path)
+
+
 def test_a_storage_that_is_too_short_is_refused(tmp_path: Path) -> None:
     """A tensor that reaches behind its storage would show other bytes of the file."""
     path = tmp_path / "model.ckpt"

@@ -51,6 +51,20 @@ FOREIGN: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     "bare Flux": ({"double_blocks.0.img_attn.qkv.weight": (8, 8)}, "is a Flux model"),
     "LoRA": ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 8, 1, 1)}, "is a LoRA"),
     "peft LoRA": ({"unet.mid_block.attentions.0.to_q.lora_A.weight": (4, 8)}, "is a LoRA"),
+    "LoRA of attention processors": (
+        {"mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight": (4, 8)},
+        "is a LoRA",
+    ),
+    "LoRA of linear layers": ({"unet.mid_block.attentions.0.to_q.lora_linear_layer.down.weight": (4, 8)}, "is a LoRA"),
+    "scaled fp8": (
+        SD1 | {UNET + "input_blocks.1.1.transformer_blocks.0.attn1.to_q.scale_weight": (1,)},
+        "its unet is in scaled fp8 (by its tensor model.diffusion_model.input_blocks.1.1.",
+    ),
+    "marked as scaled fp8": (SD1 | {"scaled_fp8": (0,)}, "is in scaled fp8 (by its tensor scaled_fp8)"),
+    "scaled fp8 text encoder": (
+        SD1 | {"cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.scale_weight": (1,)},
+        "its text_encoder is in scaled fp8",
+    ),
     "embedding": ({"emb_params": (3, 768)}, "is an embedding (Textual Inversion)"),
     "SDXL embedding": ({"clip_l": (3, 768), "clip_g": (3, 1280)}, "is an embedding (Textual Inversion)"),
     "ControlNet": ({"control_model.input_hint_block.0.weight": (8, 3, 3, 3)}, "is a ControlNet"),
@@ -265,6 +279,42 @@ def test_paths_that_are_no_models(tiny_sd1: Path, tmp_path: Path) -> None:
     assert str(tiny_sd1) in refusal(tiny_sd1 / "unet")
     write_shapes(tmp_path / "file.safetensors", SD1)
     assert f"did you mean {tmp_path / 'file.safetensors'}?" in refusal(tmp_path)
+
+
+def lone_part(folder: Path, part: str, target: Path) -> Path:
+    import shutil
+
+    shutil.copytree(folder / part, target)
+    return target
+
+
+def test_folders_of_one_part_are_named(tiny_sdxl: Path, tmp_path: Path) -> None:
+    vae, text = lone_part(tiny_sdxl, "vae", tmp_path / "v"), lone_part(tiny_sdxl, "text_encoder_2", tmp_path / "t")
+    assert f"{vae} is a VAE alone, not a base model" in refusal(vae)
+    assert f"{text} is a text encoder alone, not a base model" in refusal(text)
+    assert "is only the U-Net of a diffusers folder" in refusal(lone_part(tiny_sdxl, "unet", tmp_path / "u"))
+    assert "did you mean" not in refusal(vae) + refusal(text)
+    inside = refusal(tiny_sdxl / "vae")
+    assert "is a VAE alone" in inside and inside.endswith(f"did you mean {tiny_sdxl}?")
+    (vae / "config.json").unlink()
+    message = refusal(vae)
+    assert "diffusion_pytorch_model.safetensors in it is a VAE alone" in message and "did you mean" not in message
+
+
+def test_folders_of_loras_are_named(tmp_path: Path) -> None:
+    file = write_shapes(tmp_path / "pytorch_lora_weights.safetensors", FOREIGN["peft LoRA"][0])
+    message = refusal(tmp_path)
+    assert f"{file.name} in it is a LoRA" in message and "did you mean" not in message
+    file.rename(file.with_suffix(".bin"))
+    assert f"{tmp_path} is a LoRA (or another adapter), not a base model; --network_weights" in refusal(tmp_path)
+
+
+def test_only_a_file_that_is_a_base_model_is_offered(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "a.safetensors", FOREIGN["LoRA"][0])
+    (tmp_path / "b.safetensors").write_bytes(b"damaged")
+    write_shapes(tmp_path / "c.safetensors", SD1)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "architectures": [None]}))
+    assert refusal(tmp_path).endswith(f"did you mean {tmp_path / 'c.safetensors'}?")
 
 
 @pytest.mark.parametrize(

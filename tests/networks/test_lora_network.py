@@ -236,7 +236,7 @@ def bad_file(path: Path, change: str, network: lora.LoraNetwork) -> Path:
     ("change", "says"),
     [
         ("other family", "no key in it fits"),
-        ("other kind", "hada_w1_a"),
+        ("other kind", "LoHa"),
         ("no up", "lacks"),
         ("shape", "shape"),
         ("rank", "rank 4"),

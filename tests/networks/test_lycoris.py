@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from library.models.families import unet_key_of
 from library.models.lora_targets import targets
+from library.options.modules import LYCORIS_PRESETS
 from networks import foreign, lora
 from networks.facade import text_encoder_facade, unet_facade
 from networks.lycoris_presets import PRESETS
@@ -215,3 +216,7 @@ def test_text_is_made_what_lycoris_reads() -> None:
     assert foreign.arguments(NAME, given) == {"decompose_both": False, "algo": "IA3", "preset": "ia3"}
     assert foreign.arguments(NAME, {"algo": "ia3", "preset": "mine.toml"})["preset"] == "mine.toml"
     assert foreign.arguments("some.module", given) == given
+
+
+def test_the_options_know_the_presets() -> None:
+    assert set(LYCORIS_PRESETS) == set(PRESETS)

@@ -1,0 +1,80 @@
+"""`--network_weights` that don't fit are refused from their header, before torch is imported."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.pictures import make_pictures
+from tests.programs import ROOT, environment
+
+KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+UNET = ("--network_dim", "2", "--network_train_unet_only")
+
+
+def lora(path: Path, names: dict[str, tuple[int, ...]]) -> Path:
+    save_file({name: np.zeros(shape, np.float32) for name, shape in names.items()}, path)
+    return path
+
+
+def factors(name: str, rank: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.lora_down.weight": (rank, inputs), f"{name}.lora_up.weight": (outputs, rank), f"{name}.alpha": ()}
+
+
+def refusal(model: Path, weights: Path, place: Path, *more: str) -> str:
+    """What a dry run says of these weights; torch must not be imported for it."""
+    if not (place / "pictures").is_dir():
+        make_pictures(place / "pictures", count=1)
+    line = [
+        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(place / "pictures"), "--dry_run"),
+        *("--output_dir", str(place / "output"), "--network_module", "networks.lora", "--resolution", "64"),
+        *("--caption_extension", ".txt", "--network_weights", str(weights), *more),
+    ]
+    code = f"import sys; from train_network import main; code = main({line!r}); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", f"{code}; sys.exit(code)"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return ""
+    assert result.returncode == 2, result.stderr
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert str(weights) in said and "--network_weights" in said
+    return said
+
+
+CASES: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...], str]] = {
+    "fits": (factors(KEY, 2, 32, 32), UNET, ""),
+    "rank": (factors(KEY, 4, 32, 32), UNET, "has rank 4, the network 2"),
+    "rank of the file": (factors(KEY, 4, 32, 32), ("--dim_from_weights", "--network_train_unet_only"), ""),
+    "size": (factors(KEY, 2, 48, 32), UNET, "use a LoRA of the same model family"),
+    "family": (factors(KEY, 2, 2048, 32), UNET, "use a LoRA of the same model family"),
+    "no module": (factors("lora_unet_nowhere", 2, 8, 8), UNET, "1 of its 1 modules are not in this base model"),
+    "lokr": ({f"{KEY}.lokr_w1": (2, 2), f"{KEY}.lokr_w2": (2, 2), f"{KEY}.alpha": ()}, UNET, "a LyCORIS file (LoKr)"),
+    "base model": ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3)}, UNET, "is a base model"),
+    "half": ({f"{KEY}.lora_down.weight": (2, 32)}, UNET, "lacks lora_down or lora_up"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_judged_by_their_header(case: str, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    names, more, said = CASES[case]
+    found = refusal(tiny_models("sd1"), lora(tmp_path / "some.safetensors", names), tmp_path, *more)
+    assert said in found and bool(found) == bool(said)
+
+
+def test_what_passes_the_header_loads(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same file in the diffusers spelling is taken for SDXL as well, by the check and by the run."""
+    from train_network import main
+
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    weights = lora(tmp_path / "some.safetensors", factors(name, 2, 96, 64))
+    assert refusal(tiny_models("sdxl"), weights, tmp_path, *UNET) == ""
+    line = [
+        *("--pretrained_model_name_or_path", str(tiny_models("sdxl")), "--train_data_dir", str(tmp_path / "pictures")),
+        *("--output_dir", str(tmp_path / "output"), "--network_module", "networks.lora", "--resolution", "64"),
+        *("--caption_extension", ".txt", "--network_weights", str(weights), "--max_train_steps", "1", *UNET),
+    ]
+    assert main(line) == 0
