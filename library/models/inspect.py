@@ -81,7 +81,7 @@ def inspect(
         _layout(base),
         *decision.findings,
         *(("its kind of VAE overflows in float16",) if info.vae_fragile else ()),
-        *((f"VAE from --vae {info.vae_name}",) if info.vae_name else ()),
+        *((f"VAE from --vae {vae}",) if vae else ()),
         *((f"text encoders from --text_encoder {text_encoder}",) if text_encoder else ()),
     )
     return replace(info, findings=findings)
