@@ -1,5 +1,6 @@
 """What a run says while it works: lines and progress bars on stderr. Tables that a user asked for go to stdout."""
 
+import contextlib
 import io
 import os
 import sys
@@ -37,14 +38,42 @@ def _shown(level: str) -> bool:
     return LEVELS.index(level) >= _quiet_below
 
 
+class _Lasting:
+    """A stream whose reader may go away: what can't be written any more is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def prepare_streams() -> None:
     """Make sure that writing a message can't end a run: closed streams go nowhere, what can't be encoded becomes ?."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, io.StringIO())
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+        elif not isinstance(stream, _Lasting):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+            setattr(sys, name, _Lasting(stream))
+
+
+def tell_at_once(line: str) -> None:
+    """A line from within a signal handler, where neither locks may be waited for nor errors raised."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if _shown("INFO") and sys.stderr.fileno() == 2:
+            os.write(2, f"\n{line}\n".encode())
 
 
 def _print(line: str, style: str | None = None) -> None:

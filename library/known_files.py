@@ -7,28 +7,39 @@ read or written, everything is hashed anew.
 import contextlib
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 _KEPT = 500
+_SETTLED = 2.0
 
 
 class KnownFiles:
     """Values of files, such as a SHA-256, under one subject, such as `content_sha256`."""
 
     def __init__(self, subject: str) -> None:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-        self._path = Path(base) / "lorasmith" / f"{subject}.json"
+        self._path = _cache_folder() / "lorasmith" / f"{subject}.json"
 
-    def get(self, path: Path) -> str | None:
-        """The value of this very file; None if it is unknown or has changed since."""
-        state, value = self._read().get(_name(path), (None, None))
-        return value if value is not None and state == _state(path) else None
+    def value(self, path: Path, read: Callable[[Path], str]) -> str:
+        """The value of this very file: the one that is remembered, else what `read` finds, which is then remembered.
 
-    def add(self, path: Path, value: str) -> None:
-        """Remember the value of a file as it is now."""
+        Nothing is remembered of a file that changed while it was read, or so shortly before that its times might not
+        show another change.
+        """
+        before = _state(path)
+        state, known = self._read().get(_name(path), (None, None))
+        if known is not None and state == before:
+            return known
+        found = read(path)
+        if _state(path) == before and time.time() - path.stat().st_mtime > _SETTLED:
+            self._add(path, before, found)
+        return found
+
+    def _add(self, path: Path, state: list[int], value: str) -> None:
         known = self._read()
         known.pop(_name(path), None)
-        known[_name(path)] = (_state(path), value)
+        known[_name(path)] = (state, value)
         fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +52,17 @@ class KnownFiles:
             return {str(name): (list(state), str(value)) for name, (state, value) in read.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
+
+
+def _cache_folder() -> Path:
+    """The user's cache folder; of a user without a home, one that can't be written."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 def _name(path: Path) -> str:

@@ -81,7 +81,11 @@ def read_lora(file: str | Path) -> "dict[str, Tensor]":
     if not any(_PEFT.fullmatch(key) for key in tensors):
         return tensors
     metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
-    return _from_peft(tensors, json.loads(metadata.get(_PEFT_SETTINGS, "{}")))
+    try:
+        settings = json.loads(metadata.get(_PEFT_SETTINGS, "{}"))
+    except ValueError as error:
+        raise UserError.single(str(path), f"its metadata {_PEFT_SETTINGS} are no JSON", "save it again") from error
+    return _from_peft(tensors, settings)
 
 
 def modules_of(tensors: "Mapping[str, Tensor]", known: Spellings, source: str | Path) -> dict[str, FileModule]:

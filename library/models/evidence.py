@@ -20,7 +20,8 @@ _WORDS: Mapping[str, PredictionType] = {
     "epsilon": "epsilon",
     "eps": "epsilon",
 }
-_SAYING: Mapping[PredictionType, str] = {"epsilon": "predicts noise", "v_prediction": "predicts v"}
+SAYING: Mapping[PredictionType, str] = {"epsilon": "predicts noise", "v_prediction": "predicts v"}
+UNKNOWN = "prediction type unknown, will be probed"
 _TRAINABLE = "models that predict noise (epsilon) or velocity (v_prediction) can be trained"
 _ARCHITECTURES: Mapping[str, PredictionType] = {
     "stable-diffusion-v2-768-v": "v_prediction",
@@ -116,7 +117,7 @@ def decide(family: Family, evidence: Evidence, said: Said, name: str) -> Decisio
         if prediction is None:
             prediction, told = wanted, f"{said.where('v_parameterization')}; the model doesn't say"
         elif prediction != wanted:
-            refuse("v_parameterization", f"{_SAYING[prediction]} ({told})")
+            refuse("v_parameterization", f"{SAYING[prediction]} ({told})")
     schedule = evidence.zero_terminal_snr
     if schedule and said.zero_terminal_snr is False:
         refuse("zero_terminal_snr", f"has zero terminal SNR ({schedule})")
@@ -128,9 +129,9 @@ def decide(family: Family, evidence: Evidence, said: Said, name: str) -> Decisio
     if prediction is None and not family.probes_prediction:
         prediction, told = "epsilon", f"no evidence; usual for {family.title}"
     if prediction is None:
-        findings.append("prediction type unknown, will be probed")
+        findings.append(UNKNOWN)
     else:
-        findings.append(f"{_SAYING[prediction]} ({told})")
+        findings.append(f"{SAYING[prediction]} ({told})")
     if schedule:
         findings.append(f"zero terminal SNR ({schedule})")
     return Decision(prediction, bool(schedule), tuple(findings))

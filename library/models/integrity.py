@@ -35,12 +35,11 @@ def check_hashes(named: Iterable[tuple[str, Header]]) -> None:
         told = {key: digits for key in _KEYS if (digits := _digits(header.metadata.get(key, "")))}
         if not told:
             continue
-        found = known.get(header.path) or _hash(header.path)
+        found = known.value(header.path, _hash)
         for key, value in told.items():
             if value != found:
                 wrong = f"its metadata give {key} as {value[:12]}..., but its content has {found[:12]}..."
                 raise UserError.single(where, wrong, _AGAIN)
-        known.add(header.path, found)
 
 
 def _digits(value: str) -> str | None:

@@ -5,9 +5,10 @@ import signal
 from types import FrameType
 from typing import Self
 
+from library.console import tell_at_once
 from library.training.launcher import under_launcher
 
-_STOPPING = b"\nstopping: this step ends, then weights and state are saved; a second signal ends at once\n"
+_STOPPING = "stopping: this step ends, then weights and state are saved; a second signal ends at once"
 
 
 class StoppedError(BaseException):
@@ -44,8 +45,7 @@ class Interrupt:
         self._signal = number
         if not self._deferred:
             raise StoppedError(128 + number)
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, _STOPPING)
+        tell_at_once(_STOPPING)
 
     def defer(self) -> None:
         """From here on the loop asks; a signal no longer raises."""

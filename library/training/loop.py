@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from library.conditioning import Conditioning
-from library.console import bar, warn
+from library.console import bar, error, warn
 from library.data.cache import NAN_ADVICE, NAN_LATENTS
 from library.data.loader import Batch, Loader
 from library.errors import Problem, UserError
@@ -185,11 +185,19 @@ class Loop:
         elif batch.pixels is not None:
             latents = self.model.encode_images(batch.pixels)
             broken = [n for n, one in zip(batch.names, latents, strict=True) if not torch.isfinite(one).all()]
-            if broken:
-                raise UserError(Problem(name, NAN_LATENTS, NAN_ADVICE) for name in broken)
+            self._tell_broken(broken)
         else:
             raise ValueError("a batch holds neither latents nor pixels")
         return latents.to(self.processes.device, torch.float32) * self.model.latent_scale
+
+    def _tell_broken(self, names: Sequence[str]) -> None:
+        """Pictures without usable latents end the run: at once, or with several processes by a loss that is no number,
+        which all of them see together."""
+        problems = [Problem(name, NAN_LATENTS, NAN_ADVICE) for name in names]
+        if problems and self.processes.count == 1:
+            raise UserError(problems)
+        for problem in problems:
+            error(str(problem))
 
     def _clip(self, group: Sequence[Batch]) -> None:
         """Clip the gradients; with a loss scaler, non-finite ones skip the update, otherwise they end the run."""

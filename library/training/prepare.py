@@ -18,9 +18,10 @@ from library.data.report import pictures_table
 from library.data.sources import Scan, survey
 from library.errors import Problem, UserError
 from library.models import samplers
+from library.models.evidence import SAYING, UNKNOWN
 from library.models.info import ModelInfo, Said
 from library.models.inspect import inspect
-from library.models.pickles import read_weights
+from library.models.pickles import SUFFIXES, read_weights
 from library.options import Options, load_datasets
 from library.options.specs import DatasetSpec
 from library.training.prompts import Prompt, read_prompts
@@ -220,7 +221,14 @@ def _inspect(options: Options) -> ModelInfo:
 def as_probed(model: ModelInfo, state: RunState) -> ModelInfo:
     """A model whose prediction type is to be probed, with what the run that goes on was trained for."""
     told = state.settings.get(PREDICTION)
-    return next((replace(model, prediction_type=kind) for kind in model.family.versions if kind == told), model)
+    for kind in model.family.versions:
+        if kind == told:
+            findings = tuple(
+                f"{SAYING[kind]} (as the run that goes on found)" if f == UNKNOWN else f for f in model.findings
+            )
+            scheduler = model.scheduler_config | {"prediction_type": kind}
+            return replace(model, prediction_type=kind, scheduler_config=scheduler, findings=findings)
+    return model
 
 
 def _text_problems(options: Options, model: ModelInfo) -> list[Problem]:
@@ -242,10 +250,12 @@ def _check_weights(options: Options, weights: Path, model: ModelInfo) -> None:
     """`--network_weights`, as far as its header tells whether it fits."""
     network, where = options.network, options.where("network_weights")
     if network.network_module != "networks.lora":
-        read_weights(weights, f"{where} {weights}")
+        if weights.suffix.lower() in (".safetensors", *SUFFIXES):
+            read_weights(weights, f"{where} {weights}")
         return
     shape = parse_lora(network.network_dim, network.network_alpha, options.network_arguments())
-    check_lora(weights, where, model, None if network.dim_from_weights else shape)
+    trained = _rates(options, len(model.text_encoder_configs)).trained
+    check_lora(weights, where, model, None if network.dim_from_weights else shape, trained)
 
 
 def _without_effect(options: Options, model: ModelInfo) -> Iterator[str]:

@@ -12,7 +12,7 @@ from library.console import say, warn
 from library.training.state import SUFFIX, RunState, flush, write_state
 from library.training.steps import Save
 from library.training.trainable import Trainable
-from library.weights.files import new_file_mode
+from library.weights.files import open_to_others
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Saver:
             self.trainable.save(temporary, self.dtype, self.metadata(updates_done))
             for line in self.check(temporary):
                 warn(f"{path}: {line}")
-            temporary.chmod(new_file_mode())
+            open_to_others(temporary)
             flush(temporary)
             temporary.replace(path)
             flush(path.parent)

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -54,7 +54,7 @@ def atomic_write(path: Path, verify: Callable[[Path], None] | None = None) -> It
             os.fsync(file.fileno())
         if verify is not None:
             verify(temporary)
-        temporary.chmod(new_file_mode())
+        open_to_others(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -62,11 +62,15 @@ def atomic_write(path: Path, verify: Callable[[Path], None] | None = None) -> It
     _sync_folder(path.parent)
 
 
-def new_file_mode() -> int:
-    """The permissions that the user's umask gives to new files; those of temporary ones are narrower."""
+def open_to_others(temporary: Path) -> None:
+    """Give a file the permissions that the user's umask gives to new files; those of temporary ones are narrower.
+
+    Where a file system has no such permissions, the file stays as it is.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    with suppress(OSError):
+        temporary.chmod(0o666 & ~mask)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -140,9 +144,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError.single(str(path), f"can't be read as weights ({reason})", "it may be damaged") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    found = {n: v for n, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
+    if not found:
         raise UserError.single(str(path), "does not hold a table of tensors")
-    return loaded
+    return found
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -30,18 +30,17 @@ def sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
     """
     if path.is_dir():
         return IS_A_FOLDER
-    known = KnownFiles("file_sha256")
-    found = known.get(path)
-    if found is None:
+
+    def read(path: Path) -> str:
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 if advance is not None:
                     advance(len(chunk))
-        found = digest.hexdigest()
-        known.add(path, found)
-    return found
+        return digest.hexdigest()
+
+    return KnownFiles("file_sha256").value(path, read)
 
 
 def _both(path: Path) -> tuple[str, str]:

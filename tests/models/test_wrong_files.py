@@ -249,6 +249,7 @@ def test_a_check_is_remembered_until_the_file_changes(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = with_hash(tmp_path / "file.safetensors", "modelspec.hash_sha256")
+    os.utime(path, ns=(2, 2))
     real, reads = integrity._hash, list[Path]()
 
     def counted(file: Path) -> str:

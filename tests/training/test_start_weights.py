@@ -54,6 +54,28 @@ CASES: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...], str]] = {
     "no module": (factors("lora_unet_nowhere", 2, 8, 8), UNET, "1 of its 1 modules are not in this base model"),
     "lokr": ({f"{KEY}.lokr_w1": (2, 2), f"{KEY}.lokr_w2": (2, 2), f"{KEY}.alpha": ()}, UNET, "a LyCORIS file (LoKr)"),
     "base model": ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3)}, UNET, "is a base model"),
+    "empty": ({}, UNET, "holds no LoRA"),
+    "rank of what is not trained": (
+        {**factors(KEY, 2, 32, 32), **factors("lora_te_text_model_encoder_layers_0_mlp_fc1", 4, 32, 64)},
+        UNET,
+        "",
+    ),
+    "only what is not trained": (
+        factors("lora_te_text_model_encoder_layers_0_mlp_fc1", 2, 32, 64),
+        UNET,
+        "none of its 1 modules is in this network",
+    ),
+    "only convolutions": (
+        dict(
+            zip(
+                (f"lora_unet_down_blocks_0_resnets_0_conv1.lora_{way}.weight" for way in ("down", "up")),
+                ((2, 32, 3, 3), (32, 2, 1, 1)),
+                strict=True,
+            )
+        ),
+        UNET,
+        "see --network_args for convolutions",
+    ),
     "half": ({f"{KEY}.lora_down.weight": (2, 32)}, UNET, "lacks lora_down or lora_up"),
 }
 
