@@ -166,11 +166,11 @@ def _check_dtypes(name: str, part: PartInfo) -> None:
     """Quantized weights can't be read."""
     for header in part.headers:
         mine = {tensor: entry for tensor, entry in header.entries.items() if tensor.startswith(part.prefix)}
-        marked = _SCALES[0] in header.entries and name != "vae"
+        marks = [_SCALES[0]] if _SCALES[0] in header.entries and name != "vae" else []
+        for mark in (*marks, *(tensor for tensor in mine if tensor.endswith(_SCALES))):
+            wrong = f"its {name} is in scaled fp8 (by its tensor {mark}), whose values are not the weights"
+            raise UserError.single(part.where, wrong, _PLAIN)
         for tensor, entry in mine.items():
-            if marked or tensor.endswith(_SCALES):
-                wrong = f"its {name} is in scaled fp8 (by its tensor {tensor}), whose values are not the weights"
-                raise UserError.single(part.where, wrong, _PLAIN)
             if entry.dtype not in _READABLE and not tensor.endswith("position_ids"):
                 wrong = f"the tensor {tensor} of its {name} is of type {entry.dtype}"
                 raise UserError.single(part.where, wrong, _PLAIN)
