@@ -11,11 +11,12 @@ import torch
 
 from library.data import augment, captions
 from library.data.ahead import ahead
+from library.data.augment import Augmentation
 from library.data.buckets import Size
 from library.data.cache import LatentStore, to_unit_range
 from library.data.pixels import Pixels, read_pixels
 from library.data.plan import GlobalBatch, Plan, Sample
-from library.data.sizes import SizeConditioning, estimated, exact
+from library.data.sizes import estimated, exact
 from library.options.specs import SubsetSpec
 
 
@@ -93,6 +94,7 @@ class Loader:
         positions = tuple(range(self.rank, len(batch.samples), self.world_size))
         samples = [batch.samples[position] for position in positions]
         records = [self.plan.records[sample.record] for sample in samples]
+        draws = [self._augmentation(sample, epoch) for sample in samples]
         weights = [self.prior_loss_weight if record.is_reg else 1.0 for record in records]
         return Batch(
             epoch=epoch,
@@ -103,9 +105,9 @@ class Loader:
             names=tuple(str(record.path) for record in records),
             captions=tuple(self._caption(sample, epoch) for sample in samples),
             loss_weights=torch.tensor(weights, dtype=torch.float32),
-            sizes=self._sizes(samples, epoch),
-            latents=None if self.latents is None else self._latents(self.latents, samples, epoch, batch.bucket),
-            pixels=self._pixels(samples, epoch, batch.bucket) if self.latents is None else None,
+            sizes=self._sizes(samples, draws),
+            latents=None if self.latents is None else self._latents(self.latents, samples, draws, batch.bucket),
+            pixels=self._pixels(samples, draws, batch.bucket) if self.latents is None else None,
         )
 
     def _subset(self, sample: Sample) -> SubsetSpec:
@@ -116,34 +118,34 @@ class Loader:
         record, spec = self.plan.records[sample.record], self._subset(sample).caption
         return captions.process(record.caption, spec, seed=self.seed, epoch=epoch, key=record.key, repeat=sample.repeat)
 
-    def _augmentation(self, sample: Sample, epoch: int) -> augment.Augmentation:
+    def _augmentation(self, sample: Sample, epoch: int) -> Augmentation:
         record, fit = self.plan.records[sample.record], self.plan.fits[sample.record]
         subset = self._subset(sample)
         return augment.draw(subset, fit, seed=self.seed, epoch=epoch, key=record.key, repeat=sample.repeat)
 
-    def _sizes(self, samples: Sequence[Sample], epoch: int) -> torch.Tensor:
-        rows = [self._size(sample, epoch) for sample in samples]
+    def _sizes(self, samples: Sequence[Sample], draws: Sequence[Augmentation]) -> torch.Tensor:
+        describe = exact if self.exact_crops else estimated
+        rows = [
+            describe(self.plan.records[sample.record].size, self.plan.fits[sample.record], drawn)
+            for sample, drawn in zip(samples, draws, strict=True)
+        ]
         return torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)
 
-    def _size(self, sample: Sample, epoch: int) -> SizeConditioning:
-        record, fit = self.plan.records[sample.record], self.plan.fits[sample.record]
-        describe = exact if self.exact_crops else estimated
-        return describe(record.size, fit, self._augmentation(sample, epoch))
-
-    def _latents(self, store: LatentStore, samples: Sequence[Sample], epoch: int, bucket: Size) -> torch.Tensor:
+    def _latents(
+        self, store: LatentStore, samples: Sequence[Sample], draws: Sequence[Augmentation], bucket: Size
+    ) -> torch.Tensor:
         if not samples:
             width, height = (side // self.plan.vae_factor for side in bucket)
             return torch.empty((0, store.channels, height, width))
-        arrays = [store.array(sample.record, self._augmentation(sample, epoch).flip) for sample in samples]
+        arrays = [store.array(sample.record, drawn.flip) for sample, drawn in zip(samples, draws, strict=True)]
         return torch.from_numpy(np.stack(arrays))
 
-    def _pixels(self, samples: Sequence[Sample], epoch: int, bucket: Size) -> torch.Tensor:
+    def _pixels(self, samples: Sequence[Sample], draws: Sequence[Augmentation], bucket: Size) -> torch.Tensor:
         if not samples:
             return torch.empty((0, 3, bucket[1], bucket[0]))
-        return to_unit_range([self._read(sample, epoch) for sample in samples])
+        return to_unit_range([self._read(*pair) for pair in zip(samples, draws, strict=True)])
 
-    def _read(self, sample: Sample, epoch: int) -> Pixels:
-        augmentation = self._augmentation(sample, epoch)
+    def _read(self, sample: Sample, augmentation: Augmentation) -> Pixels:
         return read_pixels(
             self.plan.records[sample.record],
             self.plan.fits[sample.record],

@@ -105,7 +105,7 @@ class Folder:
 
     def evidence(self) -> Evidence:
         """What the scheduler's config says."""
-        return evidence.of_scheduler(self._configs["scheduler"] or self.scheduler_config(), self.place.where)
+        return evidence.of_scheduler(self.scheduler_config(), self.place.where)
 
     def scheduler_config(self) -> dict[str, Any]:
         """The folder's own, else the family's."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from library.errors import UserError
 from library.models.families import FAMILIES, Family, FamilyName, Part, PredictionType
 from library.models.headers import Header
 
@@ -93,6 +94,28 @@ class ModelInfo:
     def text_encoder_configs(self) -> tuple[dict[str, Any], ...]:
         """The configs of all text encoders, first to last."""
         return tuple(self.parts[encoder.part].config for encoder in self.family.text_encoders)
+
+    @property
+    def text_widths(self) -> tuple[int, ...]:
+        """The width of each text encoder's states, first to last."""
+        return tuple(int(config.get("hidden_size", 512)) for config in self.text_encoder_configs)
+
+    @property
+    def pooled_width(self) -> int:
+        """The width of the pooled text that the U-Net takes; 0 where it takes none."""
+        projecting = [one.part for one in self.family.text_encoders if one.projects]
+        return max((int(self.parts[part].config.get("projection_dim", 512)) for part in projecting), default=0)
+
+    def check_clip_skip(self, skip: int | None, where: str = "--clip_skip") -> None:
+        """Refuse a layer that one of the text encoders doesn't have.
+
+        Raises:
+            UserError: so.
+        """
+        layers = min(int(config.get("num_hidden_layers", 12)) for config in self.text_encoder_configs)
+        if skip is not None and not 1 <= skip <= layers:
+            wrong = f"{skip} is not within 1 and {layers}, the text encoder's layers"
+            raise UserError.single(where, wrong, "1 and 2 are usual")
 
     @property
     def vae_fragile(self) -> bool:

@@ -126,17 +126,15 @@ def _projection(part: PartInfo) -> int:
 
 def _check(info: ModelInfo) -> None:
     """What all sources must keep, so that a run doesn't stop after minutes."""
-    width = 0
     for encoder in info.family.text_encoders:
         part = info.parts[encoder.part]
         vocabulary = part.config.get("vocab_size", VOCABULARY_SIZE)
         if vocabulary != VOCABULARY_SIZE:
             wrong = f"it has a text encoder of {vocabulary} tokens, where CLIP has {VOCABULARY_SIZE}"
             raise UserError.single(part.where, wrong, "text encoders with added tokens are not supported")
-        width += int(part.config.get("hidden_size", 512))
     unet, vae = info.parts["unet"], info.parts["vae"]
     context = unet.config.get("cross_attention_dim")
-    if context != width:
+    if context != (width := sum(info.text_widths)):
         wrong = f"its U-Net attends to {context} text channels, its text encoders give {width}"
         raise UserError.single(unet.where, wrong, "U-Net and text encoder are of different models")
     _check_sizes(info)
@@ -153,7 +151,7 @@ def _check_sizes(info: ModelInfo) -> None:
     config = info.unet_config
     if not config.get("addition_embed_type"):
         return
-    pooled = max(_projection(info.parts[one.part]) for one in info.family.text_encoders if one.projects)
+    pooled = info.pooled_width
     inputs, each = config.get("projection_class_embeddings_input_dim"), int(config.get("addition_time_embed_dim") or 0)
     if each < 1 or inputs != pooled + SIZES * each:
         wrong = (

@@ -3,7 +3,6 @@
 import torch
 
 from library.console import say
-from library.errors import UserError
 from library.models import probe
 from library.models.families import FamilyName
 from library.models.info import ModelInfo
@@ -39,9 +38,7 @@ def load(
     Raises:
         UserError: a flag that the model can't follow, weights that don't fit its configs, or that are no numbers.
     """
-    layers = min(int(config.get("num_hidden_layers", 12)) for config in info.text_encoder_configs)
-    if clip_skip is not None and not 1 <= clip_skip <= layers:
-        raise UserError.single("--clip_skip", f"{clip_skip} is not within 1 and {layers}, the text encoder's layers")
+    info.check_clip_skip(clip_skip)
     place = torch.device(device)
     model = _CLASSES[info.family_name](
         info,

@@ -64,7 +64,7 @@ class Model(ABC):
         self.latent_scale = float(info.vae_config.get("scaling_factor", self.family.latent_scale))
         self.alphas_cumprod = alphas_cumprod(info.scheduler_config)
         self.zero_terminal_snr = info.zero_terminal_snr
-        self.text_widths = tuple(int(config.get("hidden_size", 512)) for config in info.text_encoder_configs)
+        self.text_widths = info.text_widths
         self._exact_vae: torch.nn.Module | None = None
         self._overflow_told = False
         self._checkpointing = self._autocasts = False

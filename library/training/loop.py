@@ -184,8 +184,8 @@ class Loop:
             latents = batch.latents
         elif batch.pixels is not None:
             latents = self.model.encode_images(batch.pixels)
-            broken = [n for n, one in zip(batch.names, latents, strict=True) if not torch.isfinite(one).all()]
-            self._tell_broken(broken)
+            finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
+            self._tell_broken([name for name, fine in zip(batch.names, finite, strict=True) if not fine])
         else:
             raise ValueError("a batch holds neither latents nor pixels")
         return latents.to(self.processes.device, torch.float32) * self.model.latent_scale

@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -117,6 +118,7 @@ def prepare(options: Options) -> Prepared:
     model = collect.attempt(lambda: _inspect(options))
     if model:
         collect.problems += _text_problems(options, model)
+        collect.attempt(partial(model.check_clip_skip, options.model.clip_skip, options.where("clip_skip")))
     specs = collect.attempt(lambda: load_datasets(options))
     found = survey(specs) if specs else None
     if found:
@@ -238,11 +240,6 @@ def _text_problems(options: Options, model: ModelInfo) -> list[Problem]:
     if len(rates) > len(configs):
         wrong = f"{len(rates)} learning rates, but {model.family.title} models have one text encoder"
         problems.append(Problem(options.where("text_encoder_lr"), wrong, "give one"))
-    layers = min(int(config.get("num_hidden_layers", 12)) for config in configs)
-    skipped = options.model.clip_skip
-    if skipped is not None and skipped > layers:
-        wrong = f"{skipped} is more than the text encoder's {layers} layers"
-        problems.append(Problem(options.where("clip_skip"), wrong, "1 and 2 are usual"))
     return problems
 
 

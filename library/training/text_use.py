@@ -10,11 +10,8 @@ BYTES = {"no": 4, "fp16": 2, "bf16": 2}
 def text_use(prepared: Prepared) -> TextUse:
     """Whether text encoders train, what is kept of their outputs, and the size of one caption's."""
     options, model = prepared.options, prepared.model
-    configs = model.text_encoder_configs
     tokens = (options.model.max_token_length or WORDS) + 2
-    numbers = tokens * sum(int(config.get("hidden_size", 512)) for config in configs)
-    for encoder, config in zip(model.family.text_encoders, configs, strict=True):
-        numbers += int(config.get("projection_dim", 512)) if encoder.projects else 0
+    numbers = tokens * sum(model.text_widths) + model.pooled_width
     return TextUse(
         caption_bytes=numbers * BYTES[options.model.mixed_precision],
         memo_bytes=options.caching.text_memo_mb * 2**20,

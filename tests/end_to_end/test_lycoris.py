@@ -1,5 +1,6 @@
 """`--network_module lycoris.kohya` in whole runs: its files have the keys that loaders look for; resume is exact."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,9 @@ def test_goes_on_from_a_file_and_refuses_one_that_does_not_fit(
     nothing = ("--learning_rate", "1e-12", "--network_weights", file)
     second = train(tiny_sdxl, tmp_path, "second", "--network_args", "algo=locon", *nothing)
     third = train(tiny_sdxl, tmp_path, "third", "--dim_from_weights", *nothing)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert Path(file).stat().st_mode & 0o777 == 0o666 & ~mask, "others may read it as any new file"
     for key, value in first.items():
         np.testing.assert_allclose(second[key], value, atol=1e-6)
         np.testing.assert_allclose(third[key], value, atol=1e-6)

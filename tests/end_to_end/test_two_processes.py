@@ -34,6 +34,14 @@ def two(*words: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
 
 
+def assert_equal_weights(output: Path) -> None:
+    """The runs `one` and `both` have trained the same."""
+    first, second = (load_file(output / f"{name}.safetensors") for name in ("one", "both"))
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert np.allclose(tensor, second[key], rtol=1e-3, atol=2e-5), key
+
+
 def test_two_processes_equal_one_with_twice_the_batch(tiny_sd1: Path, tmp_path: Path) -> None:
     make_pictures(tmp_path / "pictures", count=7)
     one = run([sys.executable, str(SCRIPT), *arguments(tiny_sd1, tmp_path, "one", 4)])
@@ -44,10 +52,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_sd1: Path, tmp_path: 
     assert both.returncode == 0, both.stderr
     assert both.stderr.count("saved ") == 1
     assert len(list((tmp_path / "output/sample").glob("both_0*.png"))) == 3
-    first, second = (load_file(tmp_path / f"output/{name}.safetensors") for name in ("one", "both"))
-    assert first.keys() == second.keys()
-    for key, tensor in first.items():
-        assert np.allclose(tensor, second[key], rtol=1e-3, atol=2e-5), key
+    assert_equal_weights(tmp_path / "output")
 
 
 def test_a_signal_to_one_process_stops_both_with_one_state(tiny_sd1: Path, tmp_path: Path) -> None:
@@ -79,10 +84,7 @@ def test_two_processes_share_the_work_of_text_outputs(tiny_sdxl: Path, tmp_path:
     one = run([sys.executable, *line("one", 4)])
     assert one.returncode == 0, one.stderr
     assert all(path.stat().st_mtime_ns == before for path, before in files.items())
-    first, second = (load_file(tmp_path / f"output/{name}.safetensors") for name in ("one", "both"))
-    assert first.keys() == second.keys()
-    for key, tensor in first.items():
-        assert np.allclose(tensor, second[key], rtol=1e-3, atol=2e-5), key
+    assert_equal_weights(tmp_path / "output")
 
 
 def test_what_has_no_gradient_is_passed_over_with_any_number_of_processes(tiny_sdxl: Path, tmp_path: Path) -> None:

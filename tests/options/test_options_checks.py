@@ -165,7 +165,9 @@ def test_an_output_dir_that_can_not_be_made(base: list[str], tmp_path: Path) -> 
         assert message in problem
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions stop")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() == 0, reason="permissions stop nobody here: run as a user other than root"
+)
 def test_an_output_dir_without_permission(base: list[str], tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     (problem,) = _problems([*base, "--output_dir", f"{tmp_path}/closed/out"])
