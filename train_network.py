@@ -18,11 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except UserError as error:
-        for line in error.notices:
-            console.say(line)
-        for problem in error.problems:
-            console.error(str(problem))
-        return 2
+        return console.complain(error)
     except KeyboardInterrupt:
         console.say("stopped before anything was trained")
         return 130
@@ -41,6 +37,11 @@ def _run(arguments: Sequence[str]) -> int:
         from library.training.dry_run import show
 
         show(prepared)
+        return 0
+    if options.dataset.debug_dataset:
+        from library.training.dry_run import write_samples
+
+        write_samples(prepared)
         return 0
 
     from library.training.interrupt import Interrupt, StoppedError

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from library.errors import UserError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from tqdm import tqdm
@@ -102,6 +104,15 @@ def warn(line: str) -> None:
 def error(line: str) -> None:
     """One line that ends the run."""
     _print(f"error: {line}", "red")
+
+
+def complain(fault: UserError) -> int:
+    """Say what a user did that can't be done, with the lines that were to be shown anyway. Returns exit code 2."""
+    for line in fault.notices:
+        say(line)
+    for problem in fault.problems:
+        error(str(problem))
+    return 2
 
 
 def bar(description: str, total: int, done: int = 0) -> "tqdm[None]":

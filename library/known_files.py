@@ -19,7 +19,7 @@ class KnownFiles:
     """Values of files, such as a SHA-256, under one subject, such as `content_sha256`."""
 
     def __init__(self, subject: str) -> None:
-        self._path = _cache_folder() / "lorasmith" / f"{subject}.json"
+        self._path = cache_folder() / "lorasmith" / f"{subject}.json"
 
     def value(self, path: Path, read: Callable[[Path], str]) -> str:
         """The value of this very file: the one that is remembered, else what `read` finds, which is then remembered.
@@ -54,7 +54,7 @@ class KnownFiles:
             return {}
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """The user's cache folder; of a user without a home, one that can't be written."""
     named = os.environ.get("XDG_CACHE_HOME")
     if named:

@@ -1,25 +1,23 @@
 """The plan of every epoch: which sample stands in which batch, as a pure function of (seed, epoch).
 
 Every sample of an epoch appears exactly as often as its repeats say. Batches are global: `batch_size x processes`
-samples of one bucket, the last of a bucket may be shorter. What happens to the pixels is data.loader's.
+samples of one bucket, the last of a bucket may be shorter. What happens to the pixels is data.loader's; what the hash
+of a plan covers stands in data.fingerprint.
 """
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from library.data import buckets
+from library.data import buckets, fingerprint
 from library.data.buckets import Fit, Size
+from library.data.garbage import uncollected
 from library.data.records import ImageRecord
+from library.data.sources.picture_files import SHOWN, some
 from library.errors import Problem, UserError
 from library.options.specs import DatasetSpec
 from library.rng import rng
-
-FINGERPRINT_VERSION = 1
-SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +50,23 @@ class Dataset:
     def samples(self) -> dict[Size, tuple[Sample, ...]]:
         """The samples of one epoch by bucket, buckets ascending, in the order of records and repeats."""
         found: dict[Size, list[Sample]] = defaultdict(list)
-        for index, (record, fit) in enumerate(zip(self.records, self.fits, strict=True), self.first):
-            found[fit.bucket] += [Sample(index, repeat) for repeat in range(record.repeats)]
+        with uncollected():
+            for index, (record, fit) in enumerate(zip(self.records, self.fits, strict=True), self.first):
+                found[fit.bucket] += [Sample(index, repeat) for repeat in range(record.repeats)]
         return {bucket: tuple(found[bucket]) for bucket in sorted(found)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Datasets with their fits, the VAE's factor, and the number of processes that share a global batch."""
+    """Datasets with their fits, the VAE's factor, and the number of processes that share a global batch.
+
+    `left_out` are notices about pictures that are too small.
+    """
 
     datasets: tuple[Dataset, ...]
     vae_factor: int
     processes: int
+    left_out: tuple[str, ...] = ()
 
     @cached_property
     def records(self) -> tuple[ImageRecord, ...]:
@@ -95,68 +98,65 @@ class Plan:
 
     def epoch(self, seed: int, epoch: int) -> tuple[GlobalBatch, ...]:
         """The batches of one epoch in the order in which they are trained. `epoch` counts from 1."""
+        with uncollected():
+            return self._epoch(seed, epoch)
+
+    def _epoch(self, seed: int, epoch: int) -> tuple[GlobalBatch, ...]:
         batches: list[GlobalBatch] = []
         for number, dataset in enumerate(self.datasets):
             size = self.global_batch_size(number)
             for bucket, samples in dataset.samples.items():
                 order = rng(seed, "order", epoch, "samples", number, *bucket).permutation(len(samples))
-                mixed = [samples[i] for i in order]
+                mixed = tuple([samples[i] for i in order.tolist()])
                 batches += [
-                    GlobalBatch(number, bucket, tuple(mixed[start : start + size]))
-                    for start in range(0, len(mixed), size)
+                    GlobalBatch(number, bucket, mixed[start : start + size]) for start in range(0, len(mixed), size)
                 ]
-        return tuple(batches[i] for i in rng(seed, "order", epoch, "batches").permutation(len(batches)))
+        return tuple([batches[i] for i in rng(seed, "order", epoch, "batches").permutation(len(batches)).tolist()])
+
+    def joined(self, other: "Plan") -> "Plan":
+        """The datasets of both, those of `self` first, for what is made once for all pictures, such as caches.
+
+        `records` are those of `self`, then those of `other`; the latter index the joined `datasets`.
+
+        Raises:
+            ValueError: the plans are for different VAEs or numbers of processes.
+        """
+        if (self.vae_factor, self.processes) != (other.vae_factor, other.processes):
+            raise ValueError("plans of different VAEs or numbers of processes can't be joined")
+        shift, first = len(self.datasets), len(self.records)
+        moved = [
+            replace(
+                dataset,
+                records=tuple(replace(record, dataset=record.dataset + shift) for record in dataset.records),
+                first=dataset.first + first,
+            )
+            for dataset in other.datasets
+        ]
+        return replace(self, datasets=(*self.datasets, *moved), left_out=(*self.left_out, *other.left_out))
 
     def fingerprint(self) -> str:
         """A hash of all that decides what is trained in which order: names, captions, sizes, repeats, buckets, batches.
 
         Folders may move and file times may change; the length of a picture's file may not. Pixels aren't read.
         """
-        described = {
-            "version": FINGERPRINT_VERSION,
-            "vae_factor": self.vae_factor,
-            "datasets": [_describe(dataset, self.global_batch_size(i)) for i, dataset in enumerate(self.datasets)],
-        }
-        text = json.dumps(described, sort_keys=True, ensure_ascii=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        found = fingerprint.Hash()
+        found.add(self.vae_factor)
+        for number, dataset in enumerate(self.datasets):
+            found.add_dataset(dataset.spec, dataset.records, dataset.fits, self.global_batch_size(number))
+        return found.hexdigest()
 
 
-def _describe(dataset: Dataset, global_batch: int) -> dict[str, object]:
-    spec = dataset.spec
-    used = sorted({record.subset for record in dataset.records})
-    return {
-        "global_batch": global_batch,
-        "resolution": spec.resolution,
-        "subsets": {
-            str(i): {
-                "caption": asdict(spec.subsets[i].caption),
-                "flip_aug": spec.subsets[i].flip_aug,
-                "random_crop": spec.subsets[i].random_crop,
-                "resize_interpolation": spec.subsets[i].resize_interpolation,
-            }
-            for i in used
-        },
-        "records": [
-            (
-                r.key,
-                r.subset,
-                r.size,
-                r.orientation,
-                r.file_bytes,
-                r.caption,
-                r.repeats,
-                r.is_reg,
-                f.bucket,
-                f.resized,
-                f.crop,
-            )
-            for r, f in zip(dataset.records, dataset.fits, strict=True)
-        ],
-    }
-
-
-def build_plan(specs: Sequence[DatasetSpec], records: Sequence[ImageRecord], vae_factor: int, processes: int) -> Plan:
+def build_plan(
+    specs: Sequence[DatasetSpec],
+    records: Sequence[ImageRecord],
+    vae_factor: int,
+    processes: int,
+    *,
+    skip_small: bool = False,
+) -> Plan:
     """Fit every record into its bucket. `vae_factor` is the side in pixels of one latent value.
+
+    With `skip_small`, pictures that are too small for a bucket are left out, with notices; repeats stay as they are.
 
     Raises:
         UserError: sizes that the VAE can't take, or pictures too small for a bucket.
@@ -165,22 +165,36 @@ def build_plan(specs: Sequence[DatasetSpec], records: Sequence[ImageRecord], vae
     if problems:
         raise UserError(problems)
     datasets: list[Dataset] = []
+    small: list[tuple[ImageRecord, str]] = []
     first = 0
     for number, spec in enumerate(specs):
-        mine = tuple(record for record in records if record.dataset == number)
-        fits: list[Fit] = []
-        for record in mine:
+        mine = [record for record in records if record.dataset == number]
+        fits: dict[Size, Fit | str] = {}
+        for size in {record.size for record in mine}:
             try:
-                fits.append(buckets.fit(record.size, spec, vae_factor))
+                fits[size] = buckets.fit(size, spec, vae_factor)
             except ValueError as error:
-                problems.append(
-                    Problem(str(record.path), str(error), "use a larger picture or turn off bucket_no_upscale")
-                )
-        datasets.append(Dataset(spec, mine, tuple(fits), first))
+                fits[size] = str(error)
+        fitted = [fits[record.size] for record in mine]
+        if any(isinstance(fit, str) for fit in fits.values()):
+            small += [(record, fit) for record, fit in zip(mine, fitted, strict=True) if isinstance(fit, str)]
+            mine = [record for record, fit in zip(mine, fitted, strict=True) if not isinstance(fit, str)]
+        kept = tuple([fit for fit in fitted if not isinstance(fit, str)])
+        datasets.append(Dataset(spec, tuple(mine), kept, first))
         first += len(mine)
-    if problems:
-        rest = len(problems) - SHOWN
-        raise UserError(
-            problems[:SHOWN] + ([Problem("pictures", f"{rest} more that don't fit a bucket")] if rest > 0 else [])
-        )
-    return Plan(tuple(datasets), vae_factor, processes)
+    if small and not (skip_small and first):
+        raise UserError(_too_small(small))
+    return Plan(tuple(datasets), vae_factor, processes, tuple(_left_out(small)))
+
+
+def _too_small(small: Sequence[tuple[ImageRecord, str]]) -> list[Problem]:
+    advice = "use a larger picture, turn off bucket_no_upscale, or use --skip_small_images"
+    problems = [Problem(some([str(record.path)]), wrong, advice) for record, wrong in small[:SHOWN]]
+    rest = len(small) - SHOWN
+    return problems + [Problem("pictures", f"{rest} more of {len(small)} that don't fit a bucket")] * (rest > 0)
+
+
+def _left_out(small: Sequence[tuple[ImageRecord, str]]) -> list[str]:
+    lines = [f"left out: {some([str(record.path)])}: {wrong}" for record, wrong in small[:SHOWN]]
+    rest = len(small) - SHOWN
+    return lines + [f"left out: {rest} more of {len(small)} pictures that don't fit a bucket"] * (rest > 0)

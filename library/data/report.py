@@ -4,11 +4,11 @@ Only shows what other modules found out. Lines about a run in progress go throug
 """
 
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from statistics import mean, median
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from heapq import nlargest
+from statistics import fmean
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,32 +19,21 @@ from library.data.caption_plan import TextForecast, TextUse, forecast, plan_capt
 from library.data.captions import process
 from library.data.plan import Plan
 from library.data.records import ImageRecord
-from library.data.sources import Scan
-from library.tokenizer import END_ID, WORDS, clip_tokenizer
+from library.data.sources.scan import Scan, SubsetCounts
+from library.data.token_counts import Fragments, count_tokens
+from library.options.specs import DatasetSpec
+from library.tokenizer import END_ID, WORDS
 
 _CAPTION_WIDTH = 90
-Fragments = Callable[[str], Sequence[tuple[str, float]]]
-"""A caption -> its pieces, which are tokenized one by one, and their weights."""
-
-
-@dataclass(frozen=True)
-class CutCaption:
-    """A caption with more tokens than the limit: how many, and the words that the model never sees."""
-
-    picture: str
-    tokens: int
-    cut: str
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Tokens per caption without start and end; `over_chunk` counts captions that need more than one row of 75."""
-
-    minimum: int
-    median: float
-    maximum: int
-    over_chunk: int
-    cut: tuple[CutCaption, ...]
+_SHOWN = 10
+_WORST = 5
+_WORDS = frozenset(
+    {
+        *("dataset", "folder", "note", "picture", "size", "bucket", "caption"),
+        *("what", "when", "name", "part", "rank (alpha)"),
+    }
+)
+"""Columns that hold words, not numbers."""
 
 
 def show_data(
@@ -56,6 +45,8 @@ def show_data(
     fragments: Fragments | None = None,
     pad_id: int = END_ID,
     text: TextUse | None = None,
+    accumulation: int = 1,
+    total_steps: int = 0,
 ) -> None:
     """All tables about the data.
 
@@ -64,42 +55,90 @@ def show_data(
         fragments: how captions are taken apart where they weigh words.
         pad_id: of the text encoder, which decides what a "!" counts.
         text: how the run gets its text conditioning; None leaves that table out.
+        accumulation: micro-batches in an optimizer step; with `total_steps`, what a token warmup goes by.
+        total_steps: of the run; 0 where they aren't known.
     """
-    pictures_table(scan)
+    pictures_table(scan, [dataset.spec for dataset in plan.datasets])
     captions_table(plan, seed=seed)
     tokens_table(plan, seed=seed, limit=token_limit, fragments=fragments, pad_id=pad_id)
     if text is not None:
-        text_table(forecast(plan_captions(plan), text, seed=seed))
+        captions = plan_captions(plan, total_steps=total_steps or None)
+        text_table(forecast(captions, text, seed=seed, accumulation=accumulation, total_steps=total_steps))
     buckets_table(plan)
+    crops_table(plan)
 
 
-def pictures_table(scan: Scan) -> None:
-    """One row per folder: pictures found, captioned, unreadable, samples an epoch; then the unreadable ones."""
-    table = _table("Pictures", ("folder", "found", "captioned", "unreadable", "samples/epoch", "note"))
-    for row in scan.counts:
-        note = f"ignored: {row.ignored}" if row.ignored else "regularization" if row.is_reg else ""
+def pictures_table(scan: Scan, specs: Sequence[DatasetSpec] = ()) -> None:
+    """One row per subset: pictures found, captioned, unreadable, samples an epoch; then the unreadable ones.
+
+    Masks and held-out pictures have a column where there are any, and so has the dataset where there are several;
+    `specs` tell their sizes, and whether alpha channels are masks.
+    """
+    masks = Counter((record.dataset, record.subset) for record in (*scan.records, *scan.held_out) if record.mask)
+    labels = _labels(specs or [None] * (1 + max((row.dataset for row in scan.counts), default=0)))
+    counted = {"found": [row.found for row in scan.counts], "captioned": [row.captioned for row in scan.counts]}
+    if masks:
+        counted["masks"] = [masks[row.dataset, row.subset] for row in scan.counts]
+    if scan.held_out:
+        counted["held out"] = [row.held_out for row in scan.counts]
+    counted["unreadable"] = [row.unreadable for row in scan.counts]
+    counted["samples/epoch"] = [row.repeats for row in scan.counts]
+    first = ("dataset", "folder") if labels else ("folder",)
+    table = _table("Pictures", (*first, *counted, "note"))
+    for number, row in enumerate(scan.counts):
+        named = escape(row.name or str(row.folder))
         table.add_row(
-            escape(str(row.folder)), *_numbers(row.found, row.captioned, row.unreadable, row.repeats), escape(note)
+            *([labels[row.dataset], named] if labels else [named]),
+            *_numbers(*(column[number] for column in counted.values())),
+            escape(_note(row, specs)),
         )
     if len(scan.counts) > 1:
-        sums = [
-            sum(getattr(row, name) for row in scan.counts) for name in ("found", "captioned", "unreadable", "repeats")
-        ]
         table.add_section()
-        table.add_row("all", *_numbers(*sums), "")
+        table.add_row(*["all", ""][: len(first)], *_numbers(*map(sum, counted.values())), "")
     _print(table)
-    for problem in scan.unreadable[:10]:
+    for problem in scan.unreadable[:_SHOWN]:
         line(f"unreadable: {problem}")
-    if len(scan.unreadable) > 10:
-        line(f"unreadable: {len(scan.unreadable) - 10} more")
+    if len(scan.unreadable) > _SHOWN:
+        line(f"unreadable: {len(scan.unreadable) - _SHOWN} more")
+
+
+def _note(row: SubsetCounts, specs: Sequence[DatasetSpec]) -> str:
+    if row.ignored:
+        return f"ignored: {row.ignored}"
+    notes = ["regularization"] if row.is_reg else []
+    if specs and specs[row.dataset].subsets[row.subset].alpha_mask:
+        notes.append("alpha channels are masks")
+    return ", ".join(notes)
+
+
+def _labels(specs: Sequence[DatasetSpec | None]) -> list[str]:
+    """What each of several datasets is called: its number and its size; nothing where there is only one."""
+    if len(specs) < 2:
+        return []
+    return [str(number) if spec is None else f"{number}: {_size(spec)}" for number, spec in enumerate(specs, 1)]
+
+
+def _size(spec: DatasetSpec) -> str:
+    target = spec.aspect_buckets and spec.aspect_buckets.target
+    return _by((target, target) if target else spec.resolution)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def captions_table(plan: Plan, *, seed: int, examples: int = 3) -> None:
-    """A few captions of each subset as the first epoch trains them."""
-    table = _table("Caption examples, as trained in epoch 1", ("picture", "caption"))
+    """A few captions of each subset as the first epoch trains them, with all tags where a warmup adds them later."""
+    specs = [dataset.spec for dataset in plan.datasets]
+    labels = _labels(specs)
+    warms = any(subset.caption.warmup_step > 0 for spec in specs for subset in spec.subsets)
+    title = "Caption examples of epoch 1, token warmup aside" if warms else "Caption examples, as trained in epoch 1"
+    table = _table(title, ("dataset", "picture", "caption") if labels else ("picture", "caption"))
     for record in _examples(plan.records, examples):
-        text = _processed(plan, record, seed=seed, dropout=True)
-        table.add_row(escape(record.key), escape(_shorten(text)) if text else "[dim](empty)[/dim]")
+        recipe = specs[record.dataset].subsets[record.subset].caption
+        text = process(record.caption, recipe, seed=seed, epoch=1, key=record.key, repeat=0)
+        shown = escape(_shorten(text)) if text else "[dim](empty)[/dim]"
+        table.add_row(*([labels[record.dataset]] if labels else []), escape(record.key), shown)
     _print(table)
 
 
@@ -141,24 +180,59 @@ def tokens_table(
 def buckets_table(plan: Plan) -> None:
     """One row per bucket: pictures, samples, batches, how many pictures are enlarged, how much is cropped away."""
     columns = ("bucket", "pictures", "samples", "batches", "enlarged", "cropped: mean", "worst", "picture")
-    table = _table("Buckets (width x height)", columns)
+    labels = _labels([dataset.spec for dataset in plan.datasets])
+    table = _table("Buckets (width x height)", ("dataset", *columns) if labels else columns)
     for number, dataset in enumerate(plan.datasets):
         groups: dict[tuple[int, int], list[tuple[ImageRecord, Fit]]] = defaultdict(list)
         for record, fit in zip(dataset.records, dataset.fits, strict=True):
             groups[fit.bucket].append((record, fit))
-        for bucket, samples in dataset.samples.items():
+        for bucket in sorted(groups):
             members = groups[bucket]
             worst, fit = max(members, key=lambda pair: pair[1].cropped)
+            samples = sum(record.repeats for record, _ in members)
             table.add_row(
-                f"{bucket[0]}x{bucket[1]}",
-                *_numbers(len(members), len(samples), -(-len(samples) // plan.global_batch_size(number))),
+                *([labels[number]] if labels else []),
+                _by(bucket),
+                *_numbers(len(members), samples, -(-samples // plan.global_batch_size(number))),
                 str(sum(fit.resized[0] > record.size[0] for record, fit in members)),
-                f"{mean(fit.cropped for _, fit in members):.1%}",
+                f"{fmean(fit.cropped for _, fit in members):.1%}",
                 f"{fit.cropped:.1%}",
                 escape(worst.key),
             )
         table.add_section()
     _print(table)
+
+
+def crops_table(plan: Plan) -> None:
+    """The pictures that lose most to cropping, the worst first; nothing where none loses as much as 0.1 %."""
+    worst = [
+        pair for pair in nlargest(_WORST, _crops(plan), key=lambda pair: pair[1].cropped) if pair[1].cropped >= 0.001
+    ]
+    if not worst:
+        return
+    table = _table("Most cropped pictures", ("picture", "size", "bucket", "cropped"))
+    for record, fit in worst:
+        table.add_row(escape(record.key), _by(record.size), _by(fit.bucket), f"{fit.cropped:.1%}")
+    _print(table)
+
+
+def cropped_too_much(plan: Plan, limit: float) -> list[str]:
+    """One line for each picture of which more than the fraction `limit` is cropped away, the worst first: ten, then how
+    many more there are."""
+    found = [pair for pair in _crops(plan) if pair[1].cropped > limit]
+    lines = [
+        f"{record.path}: {fit.cropped:.1%} is cropped away ({_by(record.size)} into {_by(fit.bucket)}), "
+        f"more than {limit:.4g} (max_crop_loss)"
+        for record, fit in nlargest(_SHOWN, found, key=lambda pair: pair[1].cropped)
+    ]
+    if len(found) > _SHOWN:
+        lines.append(f"{len(found) - _SHOWN:,} more pictures lose more than {limit:.4g} (max_crop_loss)")
+    return lines
+
+
+def _crops(plan: Plan) -> Iterator[tuple[ImageRecord, Fit]]:
+    for dataset in plan.datasets:
+        yield from zip(dataset.records, dataset.fits, strict=True)
 
 
 def steps_table(
@@ -202,49 +276,6 @@ def network_table(rows: Sequence[NetworkRow]) -> None:
     _print(table)
 
 
-def count_tokens(
-    plan: Plan, *, seed: int, limit: int, fragments: Fragments | None = None, pad_id: int = END_ID
-) -> TokenCounts:
-    """Tokens of every picture's caption as processed for the first showing, caption dropout aside.
-
-    With `fragments`, those of the pieces that it makes of a caption, without the signs of weights. `pad_id` is that of
-    the text encoder: it decides what a "!" counts.
-    """
-    texts = [_processed(plan, record, seed=seed, dropout=False) for record in plan.records]
-    pieces = {text: [piece for piece, _ in fragments(text)] if fragments else [text] for text in texts}
-    unique = list(dict.fromkeys(piece for some in pieces.values() for piece in some))
-    encodings = dict(zip(unique, clip_tokenizer(pad_id).encode_batch(unique, add_special_tokens=False), strict=True))
-    counted = {text: _cut([(piece, encodings[piece]) for piece in some], limit) for text, some in pieces.items()}
-    lengths = [counted[text][0] for text in texts] or [0]
-    cut = [
-        CutCaption(record.key, *counted[text])
-        for record, text in zip(plan.records, texts, strict=True)
-        if counted[text][0] > limit
-    ]
-    over = sum(length > WORDS for length in lengths)
-    return TokenCounts(min(lengths), float(median(lengths)), max(lengths), over, tuple(cut))
-
-
-def _cut(pieces: Sequence[tuple[str, Any]], limit: int) -> tuple[int, str]:
-    """Tokens of all pieces together, and the text from the first token on that is beyond `limit`."""
-    tokens, rest = 0, ""
-    for text, encoding in pieces:
-        start = limit - tokens
-        tokens += len(encoding.ids)
-        if start <= 0:
-            rest += text
-        elif tokens > limit:
-            rest = text[encoding.offsets[start][0] :]
-    return tokens, rest if tokens > limit else ""
-
-
-def _processed(plan: Plan, record: ImageRecord, *, seed: int, dropout: bool) -> str:
-    spec = plan.datasets[record.dataset].spec.subsets[record.subset].caption
-    if not dropout:
-        spec = replace(spec, dropout_rate=0.0, dropout_every_n_epochs=0)
-    return process(record.caption, spec, seed=seed, epoch=1, key=record.key, repeat=0)
-
-
 def _examples(records: Sequence[ImageRecord], number: int) -> list[ImageRecord]:
     """The first few records of each subset."""
     taken: dict[tuple[int, int], int] = defaultdict(int)
@@ -267,19 +298,7 @@ def _numbers(*values: int) -> list[str]:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
-        words = column in (
-            "folder",
-            "note",
-            "picture",
-            "caption",
-            "what",
-            "when",
-            "name",
-            "part",
-            "rank (alpha)",
-            "bucket",
-        )
-        table.add_column(column, justify="left" if words else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in _WORDS else "right", overflow="fold")
     return table
 
 

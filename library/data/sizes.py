@@ -27,5 +27,5 @@ def exact(size: Size, fit: Fit, augmentation: Augmentation) -> SizeConditioning:
     """The true numbers of this very sample: the offset of its cut in the resized picture, mirrored if that is."""
     left, top = augmentation.crop
     if augmentation.flip:
-        left = fit.resized[0] - left - fit.bucket[0]
+        left = augmentation.resized[0] - left - fit.bucket[0]
     return size[1], size[0], top, left, fit.bucket[1], fit.bucket[0]

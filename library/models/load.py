@@ -24,6 +24,8 @@ def load(
     clip_skip: int | None = None,
     max_token_length: int | None = None,
     weighted: bool = False,
+    with_unet: bool = True,
+    with_text_encoders: bool = True,
     with_vae: bool = True,
 ) -> Model:
     """Read a model's weights into frozen modules. A prediction type that nobody told is probed, and said in one line.
@@ -33,7 +35,8 @@ def load(
         clip_skip: which text layer from the end conditions; None is what the family does by default.
         max_token_length: 75 (None), 150 or 225 words of a caption.
         weighted: brackets in captions weigh words.
-        with_vae: without it, the VAE is read when it is first needed.
+        with_unet: without it, nothing can be predicted: for tools that only encode.
+        with_text_encoders, with_vae: without them, they are read when they are first needed.
 
     Raises:
         UserError: a flag that the model can't follow, weights that don't fit its configs, or that are no numbers.
@@ -42,9 +45,11 @@ def load(
     place = torch.device(device)
     model = _CLASSES[info.family_name](
         info,
-        unet=load_part(info, "unet", device=place, dtype=dtype),
+        unet=load_part(info, "unet", device=place, dtype=dtype) if with_unet else torch.nn.Module(),
         text_encoders=tuple(
-            load_part(info, encoder.part, device=place, dtype=dtype) for encoder in info.family.text_encoders
+            load_part(info, encoder.part, device=place, dtype=dtype)
+            for encoder in info.family.text_encoders
+            if with_text_encoders
         ),
         vae=load_part(info, "vae", device=place, dtype=vae_dtype) if with_vae else None,
         device=place,
@@ -54,7 +59,7 @@ def load(
         max_token_length=max_token_length,
         weighted=weighted,
     )
-    if info.prediction_type is None:
+    if info.prediction_type is None and with_unet:
         value = probe.measure(model)
         model.prediction_type = probe.prediction_type(value)
         say(probe.line(value))

@@ -5,8 +5,9 @@ Datasets and their sizes are checked where they are read (options.datasets).
 
 import ast
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ _ADAMW_ARGS = {
     )
 }
 _SCHEDULE_ARGS = {"polynomial": {"lr_end": Flag("lr_end", "float", limits=(("ge", 0.0),))}}
+NEEDS: Mapping[str, str] = {
+    "pretrained_model_name_or_path": "give the base model: a checkpoint file, a diffusers folder or a hub id",
+    "output_dir": "give the folder for the results",
+    "network_module": "give the network to train, such as networks.lora",
+}
+"""The flags that a training needs, and what to do where one is missing."""
+_PICTURES = ("train_data_dir", "dataset_config", "in_json", "dataset_class")
 _PROMPT_FILES = (".txt", ".toml", ".json")
 
 
@@ -61,26 +69,25 @@ class Checked:
     notices: list[str] = field(default_factory=list)
 
 
-def check(options: Options, bad: frozenset[str]) -> Checked:
-    """All checks; flags in `bad` have been complained about already and are taken as absent and harmless."""
+def check(options: Options, bad: frozenset[str], needs: Sequence[str]) -> Checked:
+    """All checks; flags in `bad` have been complained about already and are taken as absent and harmless.
+
+    `needs` are the flags that must be given, besides one that names pictures.
+    """
     found = Checked()
     mentioned = {place for name in bad for place in (options.where(name), f"--{name}")}
-    for one in _CHECKS:
+    every: list[Callable[[Options], Iterator[Problem]]] = [partial(_required, needs=needs), *_CHECKS]
+    for one in every:
         found.problems.extend(problem for problem in one(options) if problem.where not in mentioned)
     found.notices.extend(_notices(options))
     return found
 
 
-def _required(options: Options) -> Iterator[Problem]:
-    wanted = {
-        "pretrained_model_name_or_path": "give the base model: a checkpoint file, a diffusers folder or a hub id",
-        "output_dir": "give the folder for the results",
-        "network_module": "give the network to train, such as networks.lora",
-    }
-    for name, advice in wanted.items():
+def _required(options: Options, needs: Sequence[str]) -> Iterator[Problem]:
+    for name in needs:
         if options.value(name) is None:
-            yield Problem(f"--{name}", "is missing", advice)
-    if options.dataset.train_data_dir is None and options.dataset.dataset_config is None:
+            yield Problem(f"--{name}", "is missing", NEEDS[name])
+    if all(options.value(name) is None for name in _PICTURES):
         advice = "give the folder that holds 10_name folders of pictures, or use --dataset_config"
         yield Problem("--train_data_dir", "is missing", advice)
 
@@ -251,6 +258,18 @@ def _logs(options: Options) -> Iterator[Problem]:
         yield Problem(options.where("log_with"), "TensorBoard needs a folder", "add --logging_dir DIR")
 
 
+def _dataset_class(options: Options) -> Iterator[Problem]:
+    given = options.dataset.dataset_class
+    if given is None:
+        return
+    where = options.where("dataset_class")
+    if "." not in given or not all(part.isidentifier() for part in given.split(".")):
+        yield Problem(where, f"{given} is no package.module.Class")
+    for name in ("dataset_config", "in_json", "cache_latents", "validation_split", "debug_dataset"):
+        if options.value(name):
+            yield Problem(options.where(name), "can't be used with --dataset_class", "leave out one of the two")
+
+
 def _notices(options: Options) -> Iterator[str]:
     warmup, steps = options.optimizer.lr_warmup_steps, options.training.max_train_steps
     if isinstance(warmup, int) and options.training.max_train_epochs is None and warmup > steps:
@@ -280,7 +299,6 @@ def _notices(options: Options) -> Iterator[str]:
 
 
 _CHECKS: tuple[Callable[[Options], Iterator[Any]], ...] = (
-    _required,
     _paths,
     _network,
     _what_is_trained,
@@ -290,4 +308,5 @@ _CHECKS: tuple[Callable[[Options], Iterator[Any]], ...] = (
     _timesteps,
     _previews,
     _logs,
+    _dataset_class,
 )

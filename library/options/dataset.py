@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from library.options.flags import Group, equivalent, honoured, refused
-
-_LATER = "not supported yet; leave it out"
+from library.options.flags import Group, equivalent, honoured
 
 
 class Dataset(Group):
@@ -57,24 +55,72 @@ class Dataset(Group):
     persistent_data_loader_workers: bool = equivalent(
         False, "keep loader workers between epochs", "workers are threads, which cost nothing to start"
     )
-    cache_info: bool = equivalent(False, "keep sizes and captions in a file", "headers are read anew, in little time")
-    in_json: str | None = refused(
-        None, "metadata file with captions", "not supported yet; write captions beside the pictures"
+    cache_info: bool = equivalent(
+        False, "keep sizes and captions in a file", "an index of our own remembers them, and notices changes"
     )
-    token_warmup_min: int = refused(1, "tags at the start of training", _LATER, needs="token_warmup_step")
-    token_warmup_step: float = refused(0.0, "step from which all tags are used", _LATER)
-    color_aug: bool = refused(False, "vary hue and gamma", _LATER)
-    face_crop_aug_range: str | None = refused(None, "crop around faces", _LATER)
-    alpha_mask: bool = refused(False, "use the alpha channel as a mask of the loss", _LATER)
-    masked_loss: bool = refused(False, "multiply the loss by mask pictures", _LATER)
-    conditioning_data_dir: str | None = refused(None, "folder of mask pictures", _LATER)
-    debug_dataset: bool = refused(False, "show samples and stop", "use --dry_run")
-    dataset_class: str | None = refused(None, "a dataset class of your own", "use --dataset_config or folders")
-    validation_split: float = refused(0.0, "share of the pictures kept for validation", _LATER)
-    validation_seed: int | None = refused(None, "seed of the validation", _LATER, needs="validation_split")
-    validate_every_n_steps: int | None = refused(None, "steps between validations", _LATER, needs="validation_split")
-    validate_every_n_epochs: int | None = refused(None, "epochs between validations", _LATER, needs="validation_split")
-    max_validation_steps: int | None = refused(None, "batches of a validation", _LATER, needs="validation_split")
+    in_json: Path | None = honoured(
+        None, "metadata file (.json or .jsonl) with captions and tags; names in it are relative to --train_data_dir"
+    )
+    recursive: bool = honoured(False, "pictures in sub-folders too")
+    caption_from: Literal["file", "filename", "class_tokens"] = honoured(
+        "file", "captions come from caption files, from the pictures' names, or are all the class tokens"
+    )
+    shuffle_caption_delimiter: str | None = honoured(
+        None, "shuffle the parts between these; the same as --shuffle_caption with this --caption_separator"
+    )
+    caption_preset: Literal["object", "style"] | None = honoured(
+        None, "caption templates that come with lorasmith, for an object or for a style"
+    )
+    caption_templates: tuple[str, ...] | None = honoured(
+        None, "templates of which one is drawn for each caption; {} stands for the class tokens or the caption"
+    )
+    keep_original_captions: bool = honoured(False, "put the template before the caption, not in its place")
+    token_warmup_min: int = honoured(1, "tags of a caption that are used at the start of a token warmup", ge=0)
+    token_warmup_step: float = honoured(0.0, "step from which all tags are used; below 1 a fraction of all steps", ge=0)
+    color_aug: bool = honoured(False, "vary hue and gamma a little; not with cached latents")
+    face_crop_aug_range: str | None = honoured(
+        None,
+        "crop around faces that the files' names tell (tools/detect_faces.py), scaled so that a face's larger side is "
+        "1/MAX to 1/MIN of the picture's; not with cached latents",
+        metavar="MIN,MAX",
+    )
+    aspect_ratio_buckets: tuple[int, ...] | None = honoured(
+        None,
+        "invoke-training's buckets: target resolution, shortest and longest side, and what sides are divisible by",
+        metavar="N",
+        each_ge=1,
+    )
+    bucket_choice: Literal["ratio", "log_ratio"] = honoured(
+        "ratio", "a picture's bucket is the nearest by aspect ratio (as sd-scripts), or by its logarithm"
+    )
+    more_resolutions: tuple[tuple[int, int], ...] | None = honoured(
+        None, "train every picture at these sizes too, each as a dataset of its own", metavar="W,H"
+    )
+    max_crop_loss: float | None = honoured(
+        None, "name pictures of which more than this fraction is cropped away", ge=0, le=1
+    )
+    skip_small_images: bool = honoured(False, "leave out pictures that are too small for a bucket")
+    skip_bad_images: bool = honoured(False, "leave out pictures that can't be read")
+    verify_images: bool = honoured(False, "decode every picture before anything else, to find damaged ones")
+    keep_in_memory: bool = honoured(False, "keep decoded pictures in memory; for runs without cached latents")
+    alpha_mask: bool = honoured(False, "use the alpha channel as a mask of the loss")
+    masked_loss: bool = honoured(False, "multiply the loss by mask pictures (conditioning_data_dir, mask columns)")
+    conditioning_data_dir: Path | None = honoured(
+        None, "folder of mask pictures with the pictures' names, for --masked_loss"
+    )
+    debug_dataset: bool = honoured(
+        False, "write pictures of what the model would see into --output_dir, with captions and masks, and stop"
+    )
+    dataset_class: str | None = honoured(
+        None, "package.module.Class: a dataset of your own, which gives batches", metavar="CLASS"
+    )
+    validation_split: float = honoured(0.0, "fraction of the pictures that is held out for validation", ge=0, le=1)
+    validation_seed: int | None = honoured(
+        None, "seed of the split and of validation's noise (default: --seed, else 0)", ge=0
+    )
+    validate_every_n_steps: int | None = honoured(None, "steps between validations", ge=1)
+    validate_every_n_epochs: int | None = honoured(None, "epochs between validations (default: 1)", ge=1)
+    max_validation_steps: int | None = honoured(None, "batches of a validation at most", ge=1)
 
 
 class Caching(Group):
@@ -82,6 +128,9 @@ class Caching(Group):
 
     cache_latents: bool = honoured(False, "encode every picture once, before training, and free the VAE")
     cache_latents_to_disk: bool = honoured(False, "the same, kept in .npz files beside the pictures")
+    latent_sampling: Literal["mean", "sample"] = honoured(
+        "mean", "train on the mean of the VAE's distribution, or on a new draw from it each time"
+    )
     vae_batch_size: int = honoured(1, "pictures that the VAE encodes at a time", ge=1)
     trust_foreign_caches: Literal["yes", "no"] = honoured(
         "yes", "use .npz files written by sd-scripts where sizes and crop match; `no` makes them anew"

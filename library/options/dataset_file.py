@@ -122,20 +122,16 @@ class _Reader:
 
     def key(self, table: Table, name: str, raw: Any, path: tuple[str | int, ...]) -> None:
         """Read one known key into `table`, judging refused ones."""
-        flag = KEYS[name].value
+        flag, parts = KEYS[name].value, KEYS[name].parts
         try:
-            value = values.read(flag, raw)
+            value = values.read(flag, _as_list(raw, parts) if parts and isinstance(raw, dict) else raw)
         except ValueError as error:
             self.problem(path, str(error))
             table.bad.add(name)
             return
         if isinstance(value, values.Unset):
             return
-        if flag.kind == "refused" and value and value != KEYS[name].off:
-            if flag.needs is None or _set(table, flag.needs):
-                wrong, _, advice = flag.why.partition("; ")
-                self.problem(path, wrong, advice)
-        elif flag.kind == "equivalent" and value:
+        if flag.kind == "equivalent" and value:
             if not any(line.endswith(flag.why) for line in self.result.notices):
                 self.result.notices.append(f"{self.place(path)}: nothing to do: {flag.why}")
         elif flag.kind == "honoured":
@@ -143,5 +139,12 @@ class _Reader:
             table.places[name] = self.place(path)
 
 
-def _set(table: Table, name: str) -> bool:
-    return bool(table.values.get(name))
+def _as_list(raw: dict[str, Any], parts: tuple[str, ...]) -> list[Any]:
+    """The values of a table with just these keys.
+
+    Raises:
+        ValueError: a key is missing, or isn't known.
+    """
+    if set(raw) != set(parts):
+        raise ValueError(f"holds {', '.join(raw) or 'nothing'}; wanted: {', '.join(parts)}")
+    return [raw[name] for name in parts]

@@ -13,21 +13,19 @@ TITLES: Mapping[Level, str] = {"general": "[general]", "dataset": "[[datasets]]"
 _EVERYWHERE: tuple[Level, ...] = ("general", "dataset", "subset")
 _DATASET: tuple[Level, ...] = ("general", "dataset")
 _SUBSET: tuple[Level, ...] = ("subset",)
-_LATER = "not supported yet; leave it out"
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key: how its value is read (as a flag's), its levels, and the flag that counts where no level names it."""
+    """A key: how its value is read (as a flag's), its levels, and the flag that counts where no level names it.
+
+    A list may also be written as a table with the keys `parts`, in their order.
+    """
 
     value: Flag
     levels: tuple[Level, ...]
     fallback: str | None = None
-
-    @property
-    def off(self) -> object:
-        """The value with which a refused key does nothing."""
-        return self.value.default
+    parts: tuple[str, ...] = ()
 
     def title(self) -> str:
         """Its levels in words."""
@@ -55,33 +53,45 @@ KEYS: Mapping[str, Key] = {
     **_renamed(_DATASET, "batch_size", "train_batch_size"),
     **_from_flags(
         _DATASET,
-        "resolution enable_bucket min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale "
-        "validation_split validation_seed",
+        "resolution more_resolutions enable_bucket min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale "
+        "bucket_choice validation_seed",
     ),
-    **_own(
-        _DATASET, Flag("network_multiplier", "float", 1.0, text="strength of the network", kind="refused", why=_LATER)
+    "aspect_ratio_buckets": Key(
+        FLAGS["aspect_ratio_buckets"],
+        _DATASET,
+        "aspect_ratio_buckets",
+        ("target_resolution", "start_dim", "end_dim", "divisible_by"),
     ),
+    **_own(_DATASET, Flag("network_multiplier", "float", 1.0, text="strength of the network while it is trained")),
     "resize_interpolation": Key(_INTERPOLATION, _EVERYWHERE, "resize_interpolation"),
     "num_repeats": Key(replace(_REPEATS, name="num_repeats"), _EVERYWHERE, "dataset_repeats"),
     **_from_flags(
         _EVERYWHERE,
         "shuffle_caption caption_separator caption_extension keep_tokens keep_tokens_separator secondary_separator "
         "enable_wildcard caption_prefix caption_suffix caption_dropout_rate caption_dropout_every_n_epochs "
-        "caption_tag_dropout_rate flip_aug random_crop cache_info color_aug token_warmup_min token_warmup_step",
+        "caption_tag_dropout_rate flip_aug random_crop cache_info color_aug token_warmup_min token_warmup_step "
+        "recursive caption_from shuffle_caption_delimiter caption_preset caption_templates keep_original_captions "
+        "keep_in_memory validation_split",
     ),
-    "face_crop_aug_range": Key(replace(FLAGS["face_crop_aug_range"], shape="float", many=True), _EVERYWHERE),
-    **_own(_EVERYWHERE, Flag("custom_attributes", "table", None, text="a free table", kind="refused", why=_LATER)),
+    "face_crop_aug_range": Key(
+        replace(FLAGS["face_crop_aug_range"], shape="float", many=True), _EVERYWHERE, "face_crop_aug_range"
+    ),
+    **_own(_EVERYWHERE, Flag("custom_attributes", "table", None, text="a free table, handed on with every sample")),
     **_own(_EVERYWHERE, Flag("class_tokens", "str", None, text="caption of pictures that have none")),
     **_own(_SUBSET, Flag("image_dir", "path", None, text="folder of pictures")),
     **_own(_SUBSET, Flag("is_reg", "flag", False, text="these are regularization pictures")),
     **_from_flags(_SUBSET, "alpha_mask conditioning_data_dir"),
-    **_own(
-        _SUBSET,
-        Flag(
-            "metadata_file", "path", None, text="metadata file with captions", kind="refused", why=FLAGS["in_json"].why
-        ),
-    ),
+    **_own(_SUBSET, Flag("metadata_file", "path", None, text="metadata file (.json or .jsonl) with captions and tags")),
+    **_own(_SUBSET, Flag("jsonl_path", "path", None, text="a .jsonl file with columns for picture, caption and mask")),
+    **_own(_SUBSET, Flag("dataset_name", "str", None, text="a Hugging Face dataset: hub id or local path")),
+    **_own(_SUBSET, Flag("dataset_config_name", "str", None, text="configuration of the Hugging Face dataset")),
+    **_own(_SUBSET, Flag("hf_cache_dir", "path", None, text="where Hugging Face datasets are downloaded to")),
+    **_own(_SUBSET, Flag("image_column", "str", "image", text="column of the pictures")),
+    **_own(_SUBSET, Flag("caption_column", "str", "text", text="column of the captions")),
+    **_own(_SUBSET, Flag("mask_column", "str", "mask", text="column of the masks, where there is one")),
 }
+SOURCES = ("metadata_file", "jsonl_path", "dataset_name")
+"""Keys of which a subset has at most one, besides `image_dir`."""
 _OTHER_NAMES = {key.fallback: name for name, key in KEYS.items() if key.fallback and key.fallback != name}
 
 

@@ -1,31 +1,31 @@
-"""What to train on, as frozen specs: from --dataset_config, or from folders named `<repeats>_<name>`.
+"""What to train on, as frozen specs: from --dataset_config, from a metadata file, or from `<repeats>_<name>` folders.
 
-A parameter is looked up in the subset, its dataset, [general], the flags and the default, in this order. Pictures are
-not looked for here (data.sources), only their folders.
+Pictures are not looked for here (data.sources.scan), only their folders and files.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from library.errors import Problem, UserError
+from library.known_files import cache_folder
+from library.options import subset_specs
 from library.options.dataset_file import Table, read_dataset_file
-from library.options.dataset_schema import KEYS
+from library.options.dataset_schema import SOURCES
+from library.options.dataset_specs import Datasets, add_dataset
+from library.options.lookup import Lookup
 from library.options.registry import Options
-from library.options.specs import CaptionSpec, DatasetSpec, SubsetSpec
+from library.options.specs import Columns, DatasetSpec, HubDataset, SubsetSpec
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
-
-
-@dataclass
-class Datasets:
-    """What was found, lines to show, and what is wrong."""
-
-    specs: list[DatasetSpec] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+_KINDS = {"metadata_file": "metadata", "jsonl_path": "jsonl", "dataset_name": "hub"}
+_TITLES = {
+    "folder": "a folder",
+    "metadata": "a metadata file",
+    "jsonl": "a .jsonl file",
+    "hub": "a Hugging Face dataset",
+}
 
 
 def load_datasets(options: Options) -> tuple[DatasetSpec, ...]:
@@ -46,126 +46,148 @@ def read_datasets(options: Options, bad: frozenset[str] = frozenset()) -> Datase
     flags = options.dataset
     if flags.dataset_config is not None:
         _from_file(options, flags.dataset_config, found, bad)
+    elif flags.in_json is not None:
+        _from_metadata(options, flags.in_json, found, bad)
     elif flags.train_data_dir is not None:
         _from_folders(options, flags.train_data_dir, found, bad)
     return found
 
 
-@dataclass(frozen=True)
-class _Lookup:
-    """Tables from the innermost to [general], then the flags."""
-
-    options: Options
-    tables: tuple[Table, ...]
-
-    def find(self, name: str) -> tuple[Any, str]:
-        """The value of a key and the place where it was set."""
-        for table in self.tables:
-            if name in table.values:
-                return table.values[name], table.places[name]
-        key = KEYS[name]
-        if key.fallback is None:
-            return key.value.default, name
-        return self.options.value(key.fallback), self.options.where(key.fallback)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.find(name)[0]
-
-    def inner(self, table: Table) -> "_Lookup":
-        return _Lookup(self.options, (table, *self.tables))
-
-    def extension(self) -> tuple[str, bool]:
-        """The extension of caption files with its dot, and whether the user named it."""
-        in_file = any("caption_extension" in table.values for table in self.tables)
-        old = self.options.dataset.caption_extention
-        text = old if old is not None and not in_file else str(self["caption_extension"])
-        named = in_file or bool(self.options.explicit & {"caption_extension", "caption_extention"})
-        return text if text.startswith(".") else f".{text}", named
-
-
 def _from_file(options: Options, path: Path, found: Datasets, bad: frozenset[str]) -> None:
-    for name in ("train_data_dir", "reg_data_dir"):
+    for name in ("train_data_dir", "reg_data_dir", "in_json"):
         if options.value(name) is not None:
-            found.notices.append(f"{options.where(name)}: ignored, because --dataset_config names the folders")
+            found.notices.append(f"{options.where(name)}: ignored, because --dataset_config names the pictures")
     file = read_dataset_file(path, options.where("dataset_config"))
     found.problems += file.problems
     found.notices += file.notices
-    general = _Lookup(options, (file.general,))
+    general = Lookup(options, (file.general,))
     for table, subset_tables in file.datasets:
-        lookup = general.inner(table)
+        lookup, problems = general.inner(table), len(found.problems)
         subsets: list[SubsetSpec] = []
         for inner in subset_tables:
             subset = _subset_of_table(lookup.inner(inner), inner, found)
             if subset is None:
                 continue
-            if any(_same(subset.image_dir, other.image_dir) for other in subsets):
-                found.notices.append(f"{subset.where}: ignored, because this dataset already has {subset.image_dir}")
+            if any(_same(subset, other) for other in subsets):
+                what = subset.hub.name if subset.hub else subset.metadata_file or subset.image_dir
+                found.notices.append(f"{subset.where}: ignored, because this dataset already has {what}")
                 continue
             subsets.append(subset)
-        _add(lookup, table.where, subsets, found, bad, file_is_wrong=bool(file.problems))
+        kinds = {subset.source: subset.where for subset in subsets}
+        if len(kinds) > 1:
+            parts = " and ".join(f"{_TITLES[kind]} ({where})" for kind, where in kinds.items())
+            wrong = f"subsets of one dataset are of different kinds: {parts}"
+            found.problems.append(Problem(table.where, wrong, "give each kind a [[datasets]] of its own"))
+        is_wrong = bool(file.problems) or len(found.problems) > problems
+        add_dataset(lookup, table.where, subsets, found, bad, file_is_wrong=is_wrong)
 
 
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
+def _same(one: SubsetSpec, other: SubsetSpec) -> bool:
+    """Both have the same pictures."""
+    if one.source != other.source or one.hub != other.hub:
+        return False
+    if one.metadata_file is not None and other.metadata_file is not None:
+        return one.metadata_file.resolve() == other.metadata_file.resolve()
+    return one.image_dir.resolve() == other.image_dir.resolve()
 
 
-def _subset_of_table(lookup: _Lookup, table: Table, found: Datasets) -> SubsetSpec | None:
-    folder = table.values.get("image_dir")
-    if folder is None:
-        if "image_dir" not in table.bad:
-            missing = Problem(table.where, "a subset without image_dir", "name the folder that holds its pictures")
-            found.problems.append(missing)
-        return None
-    where = table.places["image_dir"]
-    if not folder.is_dir():
-        found.problems.append(Problem(where, f"there is no folder {folder}"))
+def _subset_of_table(lookup: Lookup, table: Table, found: Datasets) -> SubsetSpec | None:
+    problems = list(subset_specs.problems(lookup, table.where))
+    source = _source(lookup, table, problems)
+    found.problems += problems
+    if source is None:
         return None
     if lookup["num_repeats"] < 1:
-        found.notices.append(f"{where}: {folder} is left out, because it is repeated {lookup['num_repeats']} times")
+        what = source["where"]
+        found.notices.append(f"{what}: left out, because it is repeated {lookup['num_repeats']} times")
         return None
-    return _subset(lookup, folder, lookup["num_repeats"], lookup["is_reg"], lookup["class_tokens"], where)
-
-
-def _subset(
-    lookup: _Lookup, folder: Path, repeats: int, is_reg: bool, class_tokens: str | None, where: str
-) -> SubsetSpec:
-    extension, named = lookup.extension()
-    return SubsetSpec(
-        image_dir=folder,
-        num_repeats=repeats,
-        is_reg=is_reg,
-        class_tokens=class_tokens or None,
-        caption_extension=extension,
-        caption_extension_named=named,
-        caption=CaptionSpec(
-            prefix=lookup["caption_prefix"],
-            suffix=lookup["caption_suffix"],
-            dropout_rate=lookup["caption_dropout_rate"],
-            dropout_every_n_epochs=lookup["caption_dropout_every_n_epochs"],
-            tag_dropout_rate=lookup["caption_tag_dropout_rate"],
-            separator=lookup["caption_separator"],
-            keep_tokens=lookup["keep_tokens"],
-            keep_tokens_separator=lookup["keep_tokens_separator"],
-            secondary_separator=lookup["secondary_separator"],
-            wildcards=lookup["enable_wildcard"],
-            shuffle=lookup["shuffle_caption"],
-        ),
-        flip_aug=lookup["flip_aug"],
-        random_crop=lookup["random_crop"],
-        resize_interpolation=lookup["resize_interpolation"],
-        where=where,
+    return subset_specs.subset_spec(
+        lookup, subject=lookup["class_tokens"], num_repeats=lookup["num_repeats"], is_reg=lookup["is_reg"], **source
     )
 
 
+def _source(lookup: Lookup, table: Table, problems: list[Problem]) -> dict[str, Any] | None:
+    """The fields of a spec that say where a subset's pictures come from; None, with a problem, where nothing does."""
+    named = [name for name in SOURCES if name in table.values]
+    folder = table.values.get("image_dir")
+    if len(named) > 1:
+        places = ", ".join(table.places[name] for name in named)
+        problems.append(Problem(places, "a subset has one source of pictures", "give each a subset of its own"))
+        return None
+    if not named and folder is None:
+        if not {"image_dir", *SOURCES} & table.bad:
+            advice = f"name the folder that holds its pictures, or one of {', '.join(SOURCES)}"
+            problems.append(Problem(table.where, "a subset without image_dir", advice))
+        return None
+    if folder is not None and not folder.is_dir():
+        problems.append(Problem(table.places["image_dir"], f"there is no folder {folder}"))
+        return None
+    if not named:
+        return {"image_dir": folder, "where": table.places["image_dir"]}
+    (name,) = named
+    value, where = table.values[name], table.places[name]
+    columns = Columns(lookup["image_column"], lookup["caption_column"], lookup["mask_column"])
+    if name == "dataset_name":
+        hub = HubDataset(value, lookup["dataset_config_name"], lookup["hf_cache_dir"])
+        return {"image_dir": _export_folder(hub), "source": "hub", "hub": hub, "columns": columns, "where": where}
+    problems += _metadata_problems(value, where, jsonl=name == "jsonl_path")
+    if problems:
+        return None
+    place = folder or value.parent
+    return {
+        "image_dir": place, "source": _KINDS[name], "metadata_file": value, "columns": columns, "where": where
+    }  # fmt: skip
+
+
+def _metadata_problems(path: Path, where: str, *, jsonl: bool) -> Iterator[Problem]:
+    wanted = (".jsonl",) if jsonl else (".json", ".jsonl")
+    if not path.is_file():
+        yield Problem(where, f"there is no file {path}")
+    elif path.suffix.lower() not in wanted:
+        yield Problem(where, f"{path} is no {' or '.join(wanted)} file")
+
+
+def _export_folder(hub: HubDataset) -> Path:
+    """Where the pictures of a Hugging Face dataset are kept as files."""
+    name = "".join(letter if letter.isalnum() else "_" for letter in hub.name)[-60:]
+    local = Path(hub.name)
+    told = f"{local.resolve() if local.exists() else hub.name}\0{hub.config}"
+    return cache_folder() / "lorasmith" / "datasets" / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+
+def _from_metadata(options: Options, path: Path, found: Datasets, bad: frozenset[str]) -> None:
+    """--in_json: one subset, whose names are relative to --train_data_dir."""
+    lookup, where = Lookup(options, ()), options.where("in_json")
+    folder = options.dataset.train_data_dir
+    found.problems += _metadata_problems(path, where, jsonl=False)
+    if folder is not None and not folder.is_dir():
+        found.problems.append(Problem(options.where("train_data_dir"), f"there is no folder {folder}"))
+    if options.dataset.reg_data_dir is not None:
+        found.notices.append(f"{options.where('reg_data_dir')}: ignored, because --in_json names the pictures")
+    found.problems += subset_specs.problems(lookup, where)
+    subset = subset_specs.subset_spec(
+        lookup,
+        subject=None,
+        image_dir=folder or path.parent,
+        num_repeats=lookup["num_repeats"],
+        source="metadata",
+        metadata_file=path,
+        where=where,
+    )
+    add_dataset(lookup, where, [subset], found, bad, file_is_wrong=bool(found.problems))
+
+
 def _from_folders(options: Options, train: Path, found: Datasets, bad: frozenset[str]) -> None:
-    lookup = _Lookup(options, ())
+    lookup = Lookup(options, ())
+    found.problems += subset_specs.problems(lookup, str(train))
+    wrong = len(found.problems)
     subsets = _folders(lookup, train, "train_data_dir", False, found)
     if options.dataset.reg_data_dir is not None:
         subsets += _folders(lookup, options.dataset.reg_data_dir, "reg_data_dir", True, found)
-    _add(lookup, str(train), subsets, found, bad, file_is_wrong=bool(found.problems))
+    add_dataset(lookup, str(train), subsets, found, bad, file_is_wrong=len(found.problems) > wrong)
 
 
-def _folders(lookup: _Lookup, parent: Path, flag: str, is_reg: bool, found: Datasets) -> list[SubsetSpec]:
+def _folders(lookup: Lookup, parent: Path, flag: str, is_reg: bool, found: Datasets) -> list[SubsetSpec]:
     """The subsets of the `<repeats>_<name>` folders in `parent`, sorted by name."""
     where = lookup.options.where(flag)
     try:
@@ -186,7 +208,8 @@ def _folders(lookup: _Lookup, parent: Path, flag: str, is_reg: bool, found: Data
         if repeats is None:
             other.append(folder.name)
             continue
-        subsets.append(_subset(lookup, folder, repeats, is_reg, class_tokens, str(folder)))
+        source = {"image_dir": folder, "num_repeats": repeats, "is_reg": is_reg, "where": str(folder)}
+        subsets.append(subset_specs.subset_spec(lookup, subject=class_tokens, **source))
     if other and subsets:
         found.notices.append(f"{parent}: ignored, because they aren't named like 10_name: {_some(other)}")
     loose = sum(entry.suffix.lower() in _PICTURES for entry in entries)
@@ -208,65 +231,3 @@ def _folder_name(name: str) -> tuple[int | None, str]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _add(
-    lookup: _Lookup, where: str, subsets: list[SubsetSpec], found: Datasets, bad: frozenset[str], *, file_is_wrong: bool
-) -> None:
-    """Check a dataset's sizes and subsets, and add it."""
-    if not file_is_wrong and not any(not subset.is_reg for subset in subsets):
-        wrong = "has only regularization pictures" if subsets else "has no subset left to train on"
-        found.problems.append(Problem(where, wrong))
-    if lookup.options.caching.cache_latents:
-        found.problems.extend(
-            Problem(subset.where, "random_crop can't be used with cached latents", "leave out one of the two")
-            for subset in subsets
-            if subset.random_crop
-        )
-    resolution, resolution_where = lookup.find("resolution")
-    if resolution is None:
-        if "resolution" not in bad and not any("resolution" in table.bad for table in lookup.tables):
-            advice = "models were made for --resolution 512,512 (SD1, SD2), 768,768 (SD2 768-v) or 1024,1024 (SDXL)"
-            found.problems.append(Problem("--resolution", "the size of training pictures is missing", advice))
-        return
-    steps = lookup["bucket_reso_steps"]
-    low, high = lookup["min_bucket_reso"], lookup["max_bucket_reso"]
-    if lookup["enable_bucket"]:
-        low, high = _limits(lookup, resolution, resolution_where, found)
-    found.specs.append(
-        DatasetSpec(
-            batch_size=lookup["batch_size"],
-            resolution=resolution,
-            subsets=tuple(subsets),
-            enable_bucket=lookup["enable_bucket"],
-            min_bucket_reso=low,
-            max_bucket_reso=high,
-            bucket_reso_steps=steps,
-            bucket_no_upscale=lookup["bucket_no_upscale"],
-            where=where,
-        )
-    )
-
-
-def _limits(lookup: _Lookup, resolution: tuple[int, int], where: str, found: Datasets) -> tuple[int, int]:
-    """Shortest and longest side of a bucket, as multiples of the steps: rounded down and up."""
-    (steps, steps_where), (low, low_where) = lookup.find("bucket_reso_steps"), lookup.find("min_bucket_reso")
-    high, high_where = lookup.find("max_bucket_reso")
-    if steps % 64:
-        found.notices.append(
-            f"{steps_where}: {steps} is no multiple of 64, for which Stable Diffusion models were made"
-        )
-    if lookup["bucket_no_upscale"]:
-        return low, high
-    rounded_low, rounded_high = max(low // steps, 1) * steps, math.ceil(high / steps) * steps
-    for value, rounded, place in ((low, rounded_low, low_where), (high, rounded_high, high_where)):
-        if value != rounded:
-            found.notices.append(f"{place}: {value} becomes {rounded}, a multiple of bucket_reso_steps {steps}")
-    size = f"{resolution[0]}x{resolution[1]}"
-    if min(resolution) < rounded_low:
-        wrong = f"{size} has a side shorter than min_bucket_reso {rounded_low}"
-        found.problems.append(Problem(where, wrong, f"set min_bucket_reso to {min(resolution)} or less ({low_where})"))
-    if max(resolution) > rounded_high:
-        wrong = f"{size} has a side longer than max_bucket_reso {rounded_high}"
-        found.problems.append(Problem(where, wrong, f"set max_bucket_reso to {max(resolution)} or more ({high_where})"))
-    return rounded_low, rounded_high

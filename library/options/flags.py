@@ -175,6 +175,8 @@ def _shape(name: str, annotation: Any) -> tuple[bool, bool, tuple[Any, ...], Sha
         return optional, False, (), "size"
     if get_origin(annotation) is tuple:
         many, annotation = True, get_args(annotation)[0]
+        if annotation == tuple[int, int]:
+            return optional, True, (), "size"
     if get_origin(annotation) is Literal:
         choices = get_args(annotation)
         annotation = type(choices[0])

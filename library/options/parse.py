@@ -11,8 +11,10 @@ from library.options.parser import read_command_line
 from library.options.registry import FLAGS, GROUPS, Options
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str], needs: Sequence[str] = tuple(checks.NEEDS)) -> Options:
     """The options that `argv`, without the program's name, and the config file in it ask for.
+
+    `needs` are the flags that must be given: those of a training, unless a tool needs fewer.
 
     Raises:
         UserError: with every problem that was found.
@@ -30,7 +32,7 @@ def parse(argv: Sequence[str]) -> Options:
     options = _build(read, places, notices)
     if options.config.output_config:
         _write(options, problems)
-    found = checks.check(options, frozenset(bad))
+    found = checks.check(options, frozenset(bad), needs)
     problems += found.problems
     datasets = read_datasets(options, frozenset(bad))
     problems += datasets.problems

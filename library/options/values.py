@@ -198,4 +198,4 @@ def written(value: Any) -> Any:
     """A value as it stands in TOML, JSON, logs and metadata: paths as text, sizes and lists as lists."""
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [written(item) for item in value] if isinstance(value, tuple) else value

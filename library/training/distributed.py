@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,6 +39,18 @@ class Processes:
         for parameter, gradient, piece, count in zip(like, present, pieces, told[len(extra) :], strict=True):
             parameter.grad = piece.view_as(gradient).to(gradient.dtype).clone() if count else None
         return told[: len(extra)]
+
+    def sum_numbers(self, numbers: list[float]) -> list[float]:
+        """The sums of a few numbers over the processes."""
+        return self.sum_with_flags([], [], numbers)
+
+    def exchange(self, share: Any) -> list[Any]:
+        """What every process gives, in the order of ranks."""
+        if self.count == 1:
+            return [share]
+        shares: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(shares, share)
+        return shares
 
     def wait(self) -> None:
         """Return when every process is here."""

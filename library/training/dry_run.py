@@ -1,5 +1,7 @@
 """`--dry_run`: everything that a run would do, as tables on stdout. Imports no torch."""
 
+from pathlib import Path
+
 from library.data import report
 from library.models.lora_targets import parameter_count, ranked, targets
 from library.models.weighted import fragments
@@ -26,6 +28,8 @@ def show(prepared: Prepared) -> None:
         fragments=fragments if options.dataset.weighted_captions else None,
         pad_id=min(encoder.pad_id for encoder in prepared.model.family.text_encoders),
         text=text_use(prepared),
+        accumulation=clock.accumulation,
+        total_steps=clock.total_updates,
     )
     report.steps_table(
         samples=plan.samples_per_epoch,
@@ -38,6 +42,27 @@ def show(prepared: Prepared) -> None:
     )
     report.saves_table(_save_rows(prepared))
     report.network_table(_network_rows(prepared))
+
+
+def write_samples(prepared: Prepared) -> None:
+    """`--debug_dataset`: pictures of what the model would see in the first epoch, in the output folder."""
+    from library.data.sample_sheets import write_sheets
+
+    options = prepared.options
+    folder = Path(str(options.output.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{options.output.output_name or 'last'}-dataset"
+    written = write_sheets(
+        prepared.plan,
+        folder,
+        name,
+        seed=prepared.seed,
+        prior_loss_weight=options.loss.prior_loss_weight,
+        accumulation=prepared.clock.accumulation,
+        total_steps=prepared.clock.total_updates,
+    )
+    for path in written:
+        report.line(f"wrote {path}")
 
 
 def _save_rows(prepared: Prepared) -> list[tuple[str, str, str]]:

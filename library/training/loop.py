@@ -4,41 +4,29 @@ Saves, previews and logging are due or not due after an update. Nothing about fi
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from library.conditioning import Conditioning
-from library.console import bar, error, warn
-from library.data.cache import NAN_ADVICE, NAN_LATENTS
-from library.data.loader import Batch, Loader
-from library.errors import Problem, UserError
+from library.console import bar, say, warn
+from library.data.loader import Batch
 from library.rng import rng
-from library.training.distributed import Processes
+from library.training.denoising import Denoising
 from library.training.interrupt import Interrupt
-from library.training.objective import Coordinates, NoiseSettings, Objective, draw_noise, draw_timesteps
+from library.training.objective import Coordinates, draw_timesteps
 from library.training.schedules import Curve, learning_rate
-from library.training.steps import Clock, PreviewPlan, Save, SavePlan
+from library.training.steps import Clock, PreviewPlan, Save, SavePlan, ValidationPlan
 from library.training.tracking import LossAverage, Tracker
-from library.training.trainable import Trainable
 
 
-class Denoiser(Protocol):
-    """What the loop needs of a model."""
+class Batches(Protocol):
+    """What gives the batches of an epoch, counted from 1, from a global micro-batch on, until it is closed."""
 
-    latent_scale: float
-
-    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor: ...
-    def predict(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, sizes: torch.Tensor
-    ) -> torch.Tensor: ...
-
-
-Encode = Callable[[Sequence[str]], Conditioning]
-"""Captions -> their conditioning: the text encoders themselves where they train, else what keeps their outputs."""
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]: ...
+    def close(self) -> None: ...
 
 
 class NonFiniteLossError(Exception):
@@ -54,19 +42,21 @@ class LoopSettings:
     schedule: str
     curve: Curve
     max_grad_norm: float
-    noise: NoiseSettings
     loss_scale: bool = False
 
 
 @dataclass(frozen=True)
 class Events:
-    """What happens between updates: `save` writes (on the main process), `preview` draws; both get the updates done."""
+    """What happens between updates: `save` writes (on the main process), `preview` draws; both get the updates done.
+    `validate` gives the loss on held-out pictures; every process calls it."""
 
     saves: SavePlan
     save: Callable[[Save, int], Any]
     previews: PreviewPlan
     preview: Callable[[int], None] | None
     tracker: Tracker
+    validations: ValidationPlan
+    validate: Callable[[], float] | None
 
 
 def seed_foreign_generators(seed: int, micro_step: int) -> None:
@@ -83,26 +73,21 @@ class Loop:
     def __init__(
         self,
         settings: LoopSettings,
-        model: Denoiser,
-        encode: Encode,
-        trainable: Trainable,
+        denoising: Denoising,
         optimizer: torch.optim.Optimizer,
-        objective: Objective,
-        loader: Loader,
+        loader: Batches,
         events: Events,
-        processes: Processes,
         interrupt: Interrupt,
         average: LossAverage,
         updates_done: int = 0,
     ) -> None:
-        self.settings, self.model, self.encode = settings, model, encode
-        self.trainable, self.optimizer = trainable, optimizer
-        self.objective, self.loader, self.events = objective, loader, events
-        self.processes, self.interrupt, self.average = processes, interrupt, average
+        self.settings, self.denoising, self.trainable = settings, denoising, denoising.trainable
+        self.optimizer, self.loader, self.events = optimizer, loader, events
+        self.processes, self.interrupt, self.average = denoising.processes, interrupt, average
         self.updates_done = updates_done
-        self._parameters = trainable.parameters()
+        self._parameters = self.trainable.parameters()
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.loss_scale)
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=settings.loss_scale)
 
     def run(self) -> int:
         """Train to the end (returns 0), or save and return 130/143 when told to stop.
@@ -114,6 +99,7 @@ class Loop:
         self.interrupt.defer()
         if self.updates_done == 0:
             self._preview()
+            self._validate()
         with bar("steps", clock.total_updates, self.updates_done) as progress:
             while self.updates_done < clock.total_updates:
                 epoch, index = clock.position(self.updates_done)
@@ -165,39 +151,11 @@ class Loop:
             return 0.0
         at = Coordinates(seed, batch.epoch, batch.index, batch.positions)
         self.trainable.before_micro_step(at)
-        device = self.processes.device
-        latents = self._latents(batch)
-        noise = draw_noise(latents.shape, at, self.settings.noise).to(device)
-        timesteps = draw_timesteps(at, self.settings.noise).to(device)
-        with torch.set_grad_enabled(self.trainable.trains_text_encoder):
-            conditioning = self.encode(batch.captions)
-        noisy = self.objective.add_noise(latents, noise, timesteps)
-        prediction = self.model.predict(noisy, timesteps, conditioning, batch.sizes)
-        losses = self.objective.losses(prediction, self.objective.target(latents, noise, timesteps), timesteps)
-        loss = (losses * batch.loss_weights.to(device)).sum() / (batch.global_size * group_size)
+        losses = self.denoising.losses(batch, at)
+        weighted = losses * batch.loss_weights.to(losses.device)
+        loss = weighted.sum() / (batch.global_size * group_size)
         self.scaler.scale(loss).backward()
         return float(loss.detach())
-
-    def _latents(self, batch: Batch) -> torch.Tensor:
-        """Scaled latents (b, c, h, w), float32, on the device: cached ones, or the VAE's posterior mean."""
-        if batch.latents is not None:
-            latents = batch.latents
-        elif batch.pixels is not None:
-            latents = self.model.encode_images(batch.pixels)
-            finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
-            self._tell_broken([name for name, fine in zip(batch.names, finite, strict=True) if not fine])
-        else:
-            raise ValueError("a batch holds neither latents nor pixels")
-        return latents.to(self.processes.device, torch.float32) * self.model.latent_scale
-
-    def _tell_broken(self, names: Sequence[str]) -> None:
-        """Pictures without usable latents end the run: at once, or with several processes by a loss that is no number,
-        which all of them see together."""
-        problems = [Problem(name, NAN_LATENTS, NAN_ADVICE) for name in names]
-        if problems and self.processes.count == 1:
-            raise UserError(problems)
-        for problem in problems:
-            error(str(problem))
 
     def _clip(self, group: Sequence[Batch]) -> None:
         """Clip the gradients; with a loss scaler, non-finite ones skip the update, otherwise they end the run."""
@@ -212,7 +170,7 @@ class Loop:
         lines = []
         for batch in group:
             at = Coordinates(self.settings.seed, batch.epoch, batch.index, batch.positions)
-            timesteps = draw_timesteps(at, self.settings.noise).tolist()
+            timesteps = draw_timesteps(at, self.denoising.noise).tolist()
             lines += [f"{name} at timestep {t}" for name, t in zip(batch.names, timesteps, strict=True)]
         return NonFiniteLossError(
             f"the {what} of step {self.updates_done + 1} is {value}; its pictures: {', '.join(lines)}. "
@@ -241,6 +199,7 @@ class Loop:
                 self.events.save(save, self.updates_done)
         if not stop:
             self._preview()
+            self._validate()
         self.processes.wait()
         return bool(stop) and not finished
 
@@ -250,6 +209,7 @@ class Loop:
         if draw is None or not self.events.previews.due(self.updates_done, self.settings.clock):
             return
         self.trainable.train(False)
+        self.trainable.set_multiplier(1.0)
         try:
             with torch.no_grad():
                 draw(self.updates_done)
@@ -257,3 +217,20 @@ class Loop:
             warn(f"previews at step {self.updates_done} failed, training goes on: {fault}")
         finally:
             self.trainable.train(True)
+
+    def _validate(self) -> None:
+        """The loss on held-out pictures, if due, logged beside the training's average."""
+        clock, validate = self.settings.clock, self.events.validate
+        due = self.events.validations.due(self.updates_done, clock)
+        if validate is None or not due:
+            return
+        loss = validate()
+        divergence = loss - self.average.average
+        said = f" (training {self.average.average:.4f})" if self.updates_done else ""
+        say(f"validation at step {self.updates_done}: loss {loss:.4f}{said}")
+        for kind in due:
+            values = {f"loss/validation/{kind}_average": loss, f"loss/validation/{kind}_divergence": divergence}
+            if self.updates_done == 0:
+                del values[f"loss/validation/{kind}_divergence"]
+            at = self.updates_done if kind == "step" else -(-self.updates_done // clock.updates_per_epoch)
+            self.events.tracker.log(values, at)

@@ -6,6 +6,7 @@ whatever the number of processes and whatever was done before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,12 +16,16 @@ from library.rng import rng
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where a micro-batch stands: epochs count from 1, `index` counts an epoch's global micro-batches from 0."""
+    """Where a micro-batch stands: epochs count from 1, `index` counts an epoch's global micro-batches from 0.
+
+    `noise` is the random stream that its noise comes from.
+    """
 
     seed: int
     epoch: int
     index: int
     positions: tuple[int, ...]
+    noise: Literal["noise", "validation"] = "noise"
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def draw_noise(shape: Sequence[int], at: Coordinates, settings: NoiseSettings) -
     """
     noise = np.empty((len(at.positions), *shape[1:]), dtype=np.float32)
     for row, position in zip(noise, at.positions, strict=True):
-        generator = rng(at.seed, "noise", at.epoch, at.index, position)
+        generator = rng(at.seed, at.noise, at.epoch, at.index, position)
         row[...] = generator.standard_normal(row.shape, dtype=np.float32)
         if settings.noise_offset:
             offset = generator.standard_normal((row.shape[0], 1, 1), dtype=np.float32)
@@ -95,7 +100,18 @@ class Objective:
         signal, sigma = self._scales(timesteps)
         return signal * noise - sigma * latents
 
-    def losses(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Weighted mean squared error of each sample, (b,), float32."""
+    def losses(
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        timesteps: torch.Tensor,
+        masks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Weighted mean squared error of each sample, (b,), float32.
+
+        `masks` (b, 1, h, w) multiply the errors; the mean still divides by all elements, as in sd-scripts.
+        """
         errors = torch.nn.functional.mse_loss(prediction.float(), target.float(), reduction="none")
+        if masks is not None:
+            errors = errors * masks
         return errors.mean(dim=(1, 2, 3)) * self.weights[timesteps]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.models.model import Model
-from library.training.loop import Encode
+from library.training.denoising import Encode
 from library.training.prompts import Prompt
 
 if TYPE_CHECKING:

@@ -6,32 +6,29 @@ and shown together; a dry run prints what this finds.
 
 import hashlib
 import json
-import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from library.data.plan import Plan, build_plan
-from library.data.report import pictures_table
-from library.data.sources import Scan, survey
+from library.data.plan import Plan
+from library.data.sources.scan import Scan
 from library.errors import Problem, UserError
 from library.models import samplers
 from library.models.evidence import SAYING, UNKNOWN
-from library.models.info import ModelInfo, Said
-from library.models.inspect import inspect
+from library.models.info import ModelInfo
 from library.models.pickles import SUFFIXES, read_weights
-from library.options import Options, load_datasets
+from library.options import Options
 from library.options.specs import DatasetSpec
+from library.training.prepare_data import Collector, Data, find_data, inspect_model
 from library.training.prompts import Prompt, read_prompts
 from library.training.start_weights import check_lora
 from library.training.state import RunState, changes, check_same_run, find_latest, read_state, schedule_total
-from library.training.steps import Clock, PreviewPlan, SavePlan, epochs_between_saves, make_clock
+from library.training.steps import Clock, PreviewPlan, SavePlan, ValidationPlan, epochs_between_saves, make_clock
 from networks.lora_args import parse as parse_lora
 
-Result = TypeVar("Result")
 PREDICTION = "prediction type"
 MAY_CHANGE = (
     *("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "max_grad_norm"),
@@ -75,13 +72,12 @@ class Prepared:
     """
 
     options: Options
-    specs: tuple[DatasetSpec, ...]
     model: ModelInfo
-    scan: Scan
-    plan: Plan
+    data: Data
     clock: Clock
     saves: SavePlan
     previews: PreviewPlan
+    validations: ValidationPlan
     prompts: tuple[Prompt, ...]
     resume: Resume | None
     seed: int
@@ -91,19 +87,20 @@ class Prepared:
     rates: LearningRates
     notices: tuple[str, ...]
 
+    @property
+    def specs(self) -> tuple[DatasetSpec, ...]:
+        """The datasets."""
+        return self.data.specs
 
-class _Collector:
-    """Runs one preparation after another and keeps what each complains about."""
+    @property
+    def scan(self) -> Scan:
+        """What was found of them."""
+        return self.data.scan
 
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-
-    def attempt(self, action: Callable[[], Result]) -> Result | None:
-        try:
-            return action()
-        except UserError as error:
-            self.problems += error.problems
-            return None
+    @property
+    def plan(self) -> Plan:
+        """The order in which pictures are trained."""
+        return self.data.plan
 
 
 def prepare(options: Options) -> Prepared:
@@ -112,25 +109,14 @@ def prepare(options: Options) -> Prepared:
     Raises:
         UserError: all problems that were found.
     """
-    collect = _Collector()
+    collect = Collector()
     output = options.output
     notices: list[str] = list(options.notices)
-    model = collect.attempt(lambda: _inspect(options))
+    model = collect.attempt(lambda: inspect_model(options))
     if model:
         collect.problems += _text_problems(options, model)
         collect.attempt(partial(model.check_clip_skip, options.model.clip_skip, options.where("clip_skip")))
-    specs = collect.attempt(lambda: load_datasets(options))
-    found = survey(specs) if specs else None
-    if found:
-        collect.attempt(found.check)
-        if options.config.dry_run and collect.problems:
-            pictures_table(found)
-    factor = model.vae_factor if model else 8
-    plan = (
-        collect.attempt(lambda: build_plan(specs, found.records, factor, _process_count())) if specs and found else None
-    )
-    if specs and (options.caching.cache_latents or options.caching.cache_latents_to_disk):
-        collect.problems += _random_crops(specs)
+    data = find_data(options, collect, model.vae_factor if model else 8, notices)
     prompts: tuple[Prompt, ...] = ()
     sampling = options.sampling
     drawn = sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first
@@ -144,9 +130,10 @@ def prepare(options: Options) -> Prepared:
     resume = collect.attempt(lambda: _find_resume(options, notices))
     if model and resume and model.prediction_type is None:
         model = as_probed(model, resume.state)
-    if collect.problems or not (model and specs and found and plan):
-        raise UserError(collect.problems, [*notices, *(found.notices if found else ())])
-    notices += [*found.notices, *_without_effect(options, model)]
+    if collect.problems or not (model and data):
+        raise UserError(collect.problems, notices)
+    plan = data.plan
+    notices += [*_without_effect(options, model), *_unused_data_flags(options, data)]
     if not options.config.dry_run:
         notices.append(model.line)
     training = options.training
@@ -168,6 +155,9 @@ def prepare(options: Options) -> Prepared:
         output.save_state_on_train_end,
     )
     previews = PreviewPlan(sampling.sample_every_n_steps, sampling.sample_every_n_epochs, sampling.sample_at_first)
+    validations = ValidationPlan(
+        options.dataset.validate_every_n_steps, options.dataset.validate_every_n_epochs, data.held_out is not None
+    )
     seed, span = _seed(training.seed, resume), clock.total_updates
     if training.seed is None:
         notices.append(f"--seed {seed}" + ("" if resume else " was drawn for this run"))
@@ -180,13 +170,12 @@ def prepare(options: Options) -> Prepared:
         notices += changes(resume.state, may_change)
     return Prepared(
         options=options,
-        specs=specs,
         model=model,
-        scan=found,
-        plan=plan,
+        data=data,
         clock=clock,
         saves=saves,
         previews=previews,
+        validations=validations,
         prompts=prompts,
         resume=resume,
         seed=seed,
@@ -195,28 +184,6 @@ def prepare(options: Options) -> Prepared:
         may_change=may_change,
         rates=rates,
         notices=tuple(notices),
-    )
-
-
-def _inspect(options: Options) -> ModelInfo:
-    """The base model that the options name, with what its flags say of it."""
-    chosen = options.model
-
-    def said(name: str) -> bool | None:
-        return bool(options.value(name)) if name in options.explicit else None
-
-    return inspect(
-        str(chosen.pretrained_model_name_or_path),
-        said=Said(
-            said("v2"),
-            said("v_parameterization"),
-            said("zero_terminal_snr"),
-            {name: options.where(name) for name in ("v2", "v_parameterization", "zero_terminal_snr")},
-        ),
-        vae=chosen.vae,
-        text_encoder=chosen.text_encoder,
-        variant=chosen.variant,
-        check_hash=not chosen.ignore_model_hash,
     )
 
 
@@ -272,6 +239,22 @@ def _without_effect(options: Options, model: ModelInfo) -> Iterator[str]:
         yield f"--exact_crop_conditioning: has no effect, {model.family.title} models aren't told sizes and crops"
 
 
+def _unused_data_flags(options: Options, data: Data) -> Iterator[str]:
+    """Lines about flags of the data that find nothing to work on."""
+    flags = options.dataset
+    everything = data.plan.records + (data.held_out.records if data.held_out else ())
+    alpha = any(subset.alpha_mask for spec in data.specs for subset in spec.subsets)
+    if flags.masked_loss and flags.dataset_class is None and not alpha and not any(one.mask for one in everything):
+        yield f"{options.where('masked_loss')}: has no effect, no picture has a mask"
+    if data.held_out is None:
+        for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_seed"):
+            if options.value(name) is not None:
+                yield f"{options.where(name)}: has no effect without held-out pictures (--validation_split)"
+    cached = options.caching.cache_latents
+    if cached and any(subset.keep_in_memory for spec in data.specs for subset in spec.subsets):
+        yield "keep_in_memory: has no effect with cached latents"
+
+
 def _settings(
     options: Options, plan: Plan, model: ModelInfo, clock: Clock, seed: int, rates: LearningRates
 ) -> dict[str, str]:
@@ -298,6 +281,8 @@ def _settings(
         "network": json.dumps(shape),
         "optimizer": " ".join([optimizer.optimizer_type or "AdamW", *(optimizer.optimizer_args or ())]),
         "mixed_precision": options.model.mixed_precision or "no",
+        "latent_sampling": options.caching.latent_sampling,
+        "masked_loss": str(options.dataset.masked_loss),
     }
 
 
@@ -312,18 +297,6 @@ def _model_fingerprint(model: ModelInfo) -> str:
                 file.seek(offset)
                 digest.update(file.read(65536))
     return digest.hexdigest()[:16]
-
-
-def _process_count() -> int:
-    """How many processes the launcher has started, as it says in the environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _random_crops(specs: tuple[DatasetSpec, ...]) -> list[Problem]:
-    """Latents are made once, so a cut that changes every time can't be cached."""
-    subsets = [subset for spec in specs for subset in spec.subsets if subset.random_crop]
-    wrong = "random_crop can't be used with cached latents"
-    return [Problem(subset.where or str(subset.image_dir), wrong, "turn one of them off") for subset in subsets]
 
 
 def _rates(options: Options, encoders: int) -> LearningRates:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _STAMP = "%Y%m%d%H%M%S"
-CELL = 256
 
 
 class Painter(Protocol):
@@ -43,6 +42,8 @@ class PreviewWriter:
 
     def draw(self, updates_done: int, epoch: int | None) -> None:
         """Draw every prompt, unless told to stop. Files are named by `epoch` (from 1), or without one by the step."""
+        from library.data.sheet import write_png
+
         self.folder.mkdir(parents=True, exist_ok=True)
         tag = f"{updates_done:06d}" if epoch is None else f"e{epoch:06d}"
         for index, prompt in enumerate(track(self.prompts, f"previews at step {updates_done}", len(self.prompts))):
@@ -52,7 +53,7 @@ class PreviewWriter:
             sampler = prompt.sample_sampler or self.sampler
             image = self.painter.paint(replace(prompt, sample_sampler=sampler), seed)
             stem = f"{tag}_{index:02d}_{time.strftime(_STAMP)}_{seed}"
-            _write_png(image, self.folder / f"{self._prefix}{stem}.png")
+            write_png(image, self.folder / f"{self._prefix}{stem}.png")
         self._write_sheet()
 
     @property
@@ -72,36 +73,25 @@ class PreviewWriter:
 
     def _write_sheet(self) -> None:
         """`<name>_sheet.png`: steps down, prompts across, made anew from the pictures on disk."""
-        from PIL import Image, ImageDraw
+        from library.data.sheet import Cell, draw_sheet, write_png
 
-        rows = self._pictures()
-        cells = {(tag, index): _small(path) for tag, row in rows.items() for index, path in row.items()}
-        if not cells:
-            return
-        width = max(image.width for image in cells.values())
-        height = max(image.height for image in cells.values())
-        label, columns = 14, 1 + max(index for _, index in cells)
-        sheet = Image.new("RGB", (columns * width, len(rows) * (height + label)), "white")
-        pen = ImageDraw.Draw(sheet)
-        for number, (tag, row) in enumerate(rows.items()):
-            top = number * (height + label)
+        rows = []
+        for tag, row in self._pictures().items():
             what = f"epoch {int(tag[1:])}" if tag.startswith("e") else f"step {int(tag)}"
-            pen.text((3, top + 1), what, fill="black")
-            for index in row:
-                sheet.paste(cells[tag, index], (index * width, top + label))
-        _write_png(sheet, self.folder / f"{self._prefix}sheet.png")
+            cells: list[Cell | None] = [None] * (1 + max(row))
+            for index, path in row.items():
+                cells[index] = Cell(_small(path), (what,))
+            rows.append(cells)
+        if rows:
+            write_png(draw_sheet(rows), self.folder / f"{self._prefix}sheet.png")
 
 
 def _small(path: Path) -> "Image":
     """A picture in RGB, no side longer than a cell of the contact sheet."""
     from PIL import Image
 
+    from library.data.sheet import CELL
+
     with Image.open(path) as image:
         image.thumbnail((CELL, CELL))
         return image.convert("RGB")
-
-
-def _write_png(image: "Image", path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)

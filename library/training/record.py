@@ -64,6 +64,7 @@ class RunRecord:
             datasets=tuple(_dataset_facts(dataset, prepared) for dataset in plan.datasets),
             from_config=options.dataset.dataset_config is not None,
             network_args=options.network_arguments() or None,
+            num_validation_images=prepared.data.held_out.samples_per_epoch if prepared.data.held_out else 0,
         )
         self._texts = {name: options.value(f"metadata_{name}") for name in _TEXTS}
         self._texts["thumbnail"] = _thumbnail(self._texts["thumbnail"])
@@ -117,11 +118,12 @@ def _thumbnail(value: str | None) -> str | None:
 def _subset_facts(spec: SubsetSpec, count: int) -> SubsetFacts:
     caption = spec.caption
     return SubsetFacts(
-        image_dir=spec.image_dir.resolve().name,
+        image_dir=spec.name,
         img_count=count,
         num_repeats=spec.num_repeats,
         is_reg=spec.is_reg,
         class_tokens=spec.class_tokens,
+        color_aug=spec.color_aug,
         flip_aug=spec.flip_aug,
         random_crop=spec.random_crop,
         shuffle_caption=caption.shuffle,
@@ -132,6 +134,7 @@ def _subset_facts(spec: SubsetSpec, count: int) -> SubsetFacts:
         caption_prefix=caption.prefix,
         caption_suffix=caption.suffix,
         resize_interpolation=spec.resize_interpolation,
+        from_metadata=spec.source != "folder",
     )
 
 

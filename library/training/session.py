@@ -12,17 +12,21 @@ from pathlib import Path
 import torch
 
 from library.console import error, say
-from library.data.cache import LatentCache, LatentStore
+from library.data.caches.latents import LatentStore
+from library.data.custom import CustomPlan
+from library.data.custom_loader import CustomLoader
 from library.data.loader import Loader
-from library.errors import UserError
-from library.models.load import load
+from library.data.plan import Plan
 from library.models.model import Model
 from library.rng import rng
 from library.training.attach import attach_network
+from library.training.caching import cache_latents, latent_channels
+from library.training.denoising import Denoising, Encode
 from library.training.distributed import Processes, join_processes
 from library.training.interrupt import Interrupt
 from library.training.launcher import under_launcher
-from library.training.loop import Encode, Events, Loop, LoopSettings, NonFiniteLossError
+from library.training.loading import load_model
+from library.training.loop import Events, Loop, LoopSettings, NonFiniteLossError
 from library.training.objective import NoiseSettings, Objective
 from library.training.optimizers import build_optimizer, parse_arguments
 from library.training.painter import ModelPainter
@@ -37,10 +41,10 @@ from library.training.steps import Save
 from library.training.text import text_source
 from library.training.tracking import LossAverage, NoTracker, TensorBoard, Tracker
 from library.training.trainable import NetworkTrainable
+from library.training.validation import Validation
 from library.weights.check import BadWeightsError, check_file
 from library.weights.model_hash import BackgroundHashes
 
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -63,9 +67,8 @@ def train(
     """
     with phases.phase("start"):
         processes = join_processes()
-    dtype = _compute_dtype(prepared, processes)
     with phases.phase("model", f"loading {prepared.model.path}"):
-        model = _load_model(prepared, processes, dtype)
+        model = load_model(prepared.options, prepared.model, processes)
     with phases.phase("latents"):
         latents = _cache_latents(prepared, model, processes)
     with phases.phase("network"):
@@ -86,6 +89,7 @@ def train(
         return 1
     finally:
         loop.events.tracker.close()
+        loop.loader.close()
     if processes.is_main:
         say(phases.summary(loop.updates_done - first))
         if exit_code:
@@ -94,59 +98,63 @@ def train(
     return exit_code
 
 
-def _compute_dtype(prepared: Prepared, processes: Processes) -> torch.dtype:
-    """The dtype of the frozen parts.
-
-    Raises:
-        UserError: float16 on a CPU, where a step takes hundreds of times as long.
-    """
-    precision = prepared.options.model.mixed_precision or "no"
-    if precision == "fp16" and processes.device.type == "cpu":
-        raise UserError.single("--mixed_precision", "fp16 is hundreds of times slower on a CPU", "use bf16 or no")
-    if prepared.options.model.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return _DTYPES[precision]
-
-
-def _load_model(prepared: Prepared, processes: Processes, dtype: torch.dtype) -> Model:
-    """The base model; a VAE that overflows in float16 computes in float32 there."""
-    options = prepared.options.model
-    fragile = dtype == torch.float16 and prepared.model.vae_fragile
-    return load(
-        prepared.model,
-        device=processes.device,
-        dtype=dtype,
-        vae_dtype=torch.float32 if options.no_half_vae or fragile else dtype,
-        clip_skip=options.clip_skip,
-        max_token_length=options.max_token_length,
-        weighted=prepared.options.dataset.weighted_captions,
-    )
-
-
 def _cache_latents(prepared: Prepared, model: Model, processes: Processes) -> LatentStore | None:
     """Encode every picture once, if asked to; the VAE is let go afterwards."""
-    caching = prepared.options.caching
-    if not (caching.cache_latents or caching.cache_latents_to_disk):
+    if not prepared.options.caching.cache_latents:
         return None
-    store = LatentCache.build(
-        prepared.plan,
-        model.encode_images,
-        vae_id=model.vae_id(),
-        to_disk=caching.cache_latents_to_disk,
-        vae_batch_size=caching.vae_batch_size,
-        dtype=str(model.vae_dtype).removeprefix("torch."),
-        channels=int(prepared.model.vae_config.get("latent_channels", 4)),
-        kind=prepared.model.family.latents_kind,
-        trust_foreign=caching.trust_foreign_caches == "yes",
-        skip_check=caching.skip_cache_check,
-        threads=min(prepared.options.dataset.max_data_loader_n_workers, os.cpu_count() or 1),
-        rank=processes.rank,
-        world_size=processes.count,
-        wait=processes.wait,
-    )
+    store = cache_latents(prepared.options, prepared.data.everything, model, processes)
     model.release_vae()
     return store
+
+
+def _loader(
+    prepared: Prepared,
+    plan: Plan,
+    model: Model,
+    latents: LatentStore | None,
+    processes: Processes,
+    seed: int,
+    *,
+    ahead: bool = True,
+) -> Loader | CustomLoader:
+    """What makes the batches of a plan; with `ahead`, epoch after epoch of a run."""
+    options = prepared.options
+    share = {"seed": seed, "rank": processes.rank, "world_size": processes.count}
+    if isinstance(plan, CustomPlan):
+        return CustomLoader(plan, **share)
+    return Loader(
+        plan,
+        latents=latents,
+        workers=options.dataset.max_data_loader_n_workers,
+        prior_loss_weight=options.loss.prior_loss_weight,
+        exact_crops=options.dataset.exact_crop_conditioning,
+        accumulation=prepared.clock.accumulation,
+        total_steps=prepared.clock.total_updates if ahead else 0,
+        channels=latent_channels(model),
+        sample_posterior=options.caching.latent_sampling == "sample",
+        **share,
+    )
+
+
+def _validation(
+    prepared: Prepared, denoising: Denoising, model: Model, latents: LatentStore | None, phases: Phases
+) -> Callable[[], float] | None:
+    """What looks at the held-out pictures; None where there are none."""
+    plan, flags = prepared.data.held_out, prepared.options.dataset
+    if plan is None:
+        return None
+    seed = prepared.seed if flags.validation_seed is None else flags.validation_seed
+    mine = None if latents is None else latents.part(len(prepared.plan.records))
+    loader = _loader(prepared, plan, model, mine, denoising.processes, seed, ahead=False)
+    validation = Validation(
+        denoising, loader, plan.batches_per_epoch, seed=seed, max_batches=flags.max_validation_steps
+    )
+
+    def run() -> float:
+        with phases.phase("validation"):
+            return validation.run()
+
+    return run
 
 
 def _tracker(prepared: Prepared, processes: Processes) -> Tracker:
@@ -177,16 +185,12 @@ def _assemble(
     identity = _identity(prepared)
     average = LossAverage(clock.updates_per_epoch, resume.state.losses if resume else ())
     objective = Objective(model.alphas_cumprod, model.prediction_type, options.loss.min_snr_gamma, processes.device)
-    loader = Loader(
-        prepared.plan,
-        seed=prepared.seed,
-        latents=latents,
-        workers=options.dataset.max_data_loader_n_workers,
-        prior_loss_weight=options.loss.prior_loss_weight,
-        exact_crops=options.dataset.exact_crop_conditioning,
-        rank=processes.rank,
-        world_size=processes.count,
+    noise = NoiseSettings(
+        options.loss.noise_offset or 0.0,
+        options.loss.min_timestep or 0,
+        options.loss.max_timestep or len(model.alphas_cumprod),
     )
+    denoising = Denoising(model, encode, trainable, objective, noise, processes)
     record = RunRecord(
         prepared,
         model.base_model_version,
@@ -232,15 +236,19 @@ def _assemble(
         else None
     )
     loop = Loop(
-        _loop_settings(prepared, len(model.alphas_cumprod)),
-        model,
-        encode,
-        trainable,
+        _loop_settings(prepared),
+        denoising,
         optimizer,
-        objective,
-        loader,
-        Events(prepared.saves, save, prepared.previews, preview, _tracker(prepared, processes)),
-        processes,
+        _loader(prepared, prepared.plan, model, latents, processes, prepared.seed),
+        Events(
+            prepared.saves,
+            save,
+            prepared.previews,
+            preview,
+            _tracker(prepared, processes),
+            prepared.validations,
+            _validation(prepared, denoising, model, latents, phases),
+        ),
         interrupt,
         average,
         resume.state.updates_done if resume else 0,
@@ -254,10 +262,10 @@ def _assemble(
     return loop, saver
 
 
-def _loop_settings(prepared: Prepared, timesteps: int) -> LoopSettings:
-    """The numbers of the loop; `timesteps` is the length of the model's noise schedule."""
+def _loop_settings(prepared: Prepared) -> LoopSettings:
+    """The numbers of the loop."""
     options = prepared.options
-    loss, rates = options.loss, options.optimizer
+    rates = options.optimizer
     arguments = parse_arguments(rates.lr_scheduler_args or (), "--lr_scheduler_args")
     curve = Curve(
         prepared.schedule_total,
@@ -272,7 +280,6 @@ def _loop_settings(prepared: Prepared, timesteps: int) -> LoopSettings:
         rates.lr_scheduler,
         curve,
         rates.max_grad_norm,
-        NoiseSettings(loss.noise_offset or 0.0, loss.min_timestep or 0, loss.max_timestep or timesteps),
         loss_scale=options.model.mixed_precision == "fp16",
     )
 

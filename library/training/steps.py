@@ -156,3 +156,26 @@ class PreviewPlan:
                 and ceil(updates_done / clock.updates_per_epoch) % self.every_n_epochs == 0
             )
         return bool(self.every_n_steps) and updates_done % (self.every_n_steps or 1) == 0
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """When held-out pictures are looked at: after each epoch or every few, and after steps if asked for."""
+
+    every_n_steps: int | None = None
+    every_n_epochs: int | None = None
+    has_pictures: bool = False
+
+    def due(self, updates_done: int, clock: Clock) -> tuple[Literal["step", "epoch"], ...]:
+        """What is due after so many updates; before the first one and after the last one, both are."""
+        if not self.has_pictures:
+            return ()
+        if updates_done in (0, clock.total_updates):
+            return ("step", "epoch") if self.every_n_steps else ("epoch",)
+        found: list[Literal["step", "epoch"]] = []
+        if self.every_n_steps and updates_done % self.every_n_steps == 0:
+            found.append("step")
+        epoch, within = divmod(updates_done, clock.updates_per_epoch)
+        if within == 0 and epoch % (self.every_n_epochs or 1) == 0:
+            found.append("epoch")
+        return tuple(found)

@@ -1,14 +1,14 @@
 """Where a run's text conditioning comes from: the text encoders while they train, else a store of their outputs."""
 
 from library.console import say
-from library.data.caption_plan import plan_captions
-from library.data.text_cache import TextStore
-from library.data.text_files import TextFiles
+from library.data.caches.text import TextStore
+from library.data.caches.text_files import TextFiles
+from library.data.caption_plan import CaptionPlan, plan_captions
 from library.models.model import Model
 from library.models.prompts import ROW
 from library.tokenizer import WORDS
+from library.training.denoising import Encode
 from library.training.distributed import Processes
-from library.training.loop import Encode
 from library.training.prepare import Prepared
 from library.training.text_use import text_use
 
@@ -24,15 +24,10 @@ def text_source(prepared: Prepared, model: Model, processes: Processes) -> tuple
     use = text_use(prepared)
     if use.trains:
         return model.encode_prompts, False
-    captions = plan_captions(prepared.plan)
+    captions = plan_captions(prepared.data.everything, total_steps=prepared.clock.total_updates)
     files = None
     if use.ahead and use.to_disk:
-        files = TextFiles(
-            captions.fixed,
-            encoder_id=model.text_encoder_id(),
-            tokens=model.max_words + ROW - WORDS,
-            widths=model.text_widths,
-        )
+        files = caption_files(captions, model)
     store = TextStore(model.encode_prompts, memo_bytes=use.memo_bytes, device=model.device, files=files)
     if not use.ahead:
         return store, False
@@ -51,3 +46,13 @@ def text_source(prepared: Prepared, model: Model, processes: Processes) -> tuple
         return store, False
     say(f"text: captions kept are {counts}; the text encoders are released")
     return store, True
+
+
+def caption_files(captions: CaptionPlan, model: Model) -> TextFiles:
+    """The files of the captions that are always the same, as this model encodes them."""
+    return TextFiles(
+        captions.fixed,
+        encoder_id=model.text_encoder_id(),
+        tokens=model.max_words + ROW - WORDS,
+        widths=model.text_widths,
+    )

@@ -29,6 +29,7 @@ class Trainable(Protocol):
     def before_epoch(self) -> None: ...
     def before_micro_step(self, at: Coordinates) -> None: ...
     def train(self, mode: bool) -> None: ...
+    def set_multiplier(self, multiplier: float) -> None: ...
     def state_dict(self) -> dict[str, torch.Tensor]: ...
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str]) -> None: ...
@@ -52,6 +53,7 @@ class NetworkTrainable:
         """
         self.network, self._unet, self._text_encoder = network, unet, text_encoder
         self.trains_text_encoder = any(rates.text_encoders)
+        self._multiplier = 1.0
         network.apply_to(text_encoder, unet, self.trains_text_encoder, rates.unet != 0)
         groups = self._parameter_groups(rates, default_rate)
         self.groups, self.descriptions = groups
@@ -113,6 +115,22 @@ class NetworkTrainable:
 
     def train(self, mode: bool) -> None:
         self.network.train(mode)
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """The strength at which the network acts from now on.
+
+        Raises:
+            UserError: the module can't change it.
+        """
+        if multiplier == self._multiplier:
+            return
+        change = getattr(self.network, "set_multiplier", None)
+        if change is None:
+            wrong = f"{type(self.network).__module__} can't change its strength"
+            advice = "leave out network_multiplier and diff_output_preservation in the dataset file"
+            raise UserError.single("--network_module", wrong, advice)
+        change(multiplier)
+        self._multiplier = multiplier
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.network.state_dict()

@@ -31,7 +31,8 @@ _GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"
 
 @dataclass(frozen=True)
 class SubsetFacts:
-    """One image folder. `image_dir` is its last path component; `img_count` is without repeats."""
+    """One source of pictures. `image_dir` is the last path component of its folder, or the name of its metadata file or
+    dataset (`from_metadata`); `img_count` is without repeats."""
 
     image_dir: str
     img_count: int
@@ -49,6 +50,7 @@ class SubsetFacts:
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     resize_interpolation: str | None = None
+    from_metadata: bool = False
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,7 @@ def _config_mode(datasets: Iterable[DatasetFacts]) -> dict[str, object]:
     for dataset in datasets:
         listed.append(
             {
-                "is_dreambooth": True,
+                "is_dreambooth": not any(subset.from_metadata for subset in dataset.subsets),
                 "batch_size_per_device": dataset.batch_size,
                 "num_train_images": dataset.num_train_images,
                 "num_reg_images": dataset.num_reg_images,
@@ -339,7 +341,10 @@ def _subset(subset: SubsetFacts) -> dict[str, object]:
     """One subset of `ss_datasets`, in the order in which files have it."""
     last = ("image_dir", "class_tokens", "is_reg")
     named = {item.name: getattr(subset, item.name) for item in fields(subset)}
-    return {name: value for name, value in named.items() if name not in last} | {name: named[name] for name in last}
+    found = {name: value for name, value in named.items() if name not in (*last, "from_metadata")}
+    if subset.from_metadata:
+        return found | {"metadata_file": subset.image_dir}
+    return found | {name: named[name] for name in last}
 
 
 def _folders(subsets: Iterable[SubsetFacts]) -> dict[str, dict[str, int]]:

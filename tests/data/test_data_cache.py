@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data import cache_files, sources
 from library.data.buckets import legacy_crop
-from library.data.cache import LatentCache, LatentStore, to_unit_range
+from library.data.caches import latent_files
+from library.data.caches.latents import LatentCache, LatentStore, to_unit_range
 from library.data.pixels import read_pixels
 from library.data.plan import Plan, build_plan
+from library.data.sources import scan as sources
 from library.errors import UserError
 from library.options.specs import DatasetSpec
 
@@ -362,7 +363,7 @@ def test_skipping_the_check_reads_no_picture(
     def refuse(path: Path) -> str:
         raise AssertionError(path)
 
-    monkeypatch.setattr(cache_files, "hash_file", refuse)
+    monkeypatch.setattr(latent_files, "hash_file", refuse)
     assert build(plan, skip_check=True)[1] == []
     with pytest.raises(AssertionError):
         build(plan)

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from library.data import sources
 from library.data.caption_plan import TextUse, forecast, plan_captions
-from library.data.captions import possible, process
+from library.data.captions import Progress, possible, process
 from library.data.loader import Loader
 from library.data.plan import Plan, build_plan
+from library.data.sources import scan as sources
 from library.options.specs import CaptionSpec, DatasetSpec, SubsetSpec
 
 MakePicture = Callable[..., Path]
@@ -34,21 +34,28 @@ specs = st.builds(
     secondary_separator=st.sampled_from([None, ";"]),
     wildcards=st.booleans(),
     shuffle=st.booleans(),
+    warmup_min=st.integers(0, 2),
+    warmup_step=st.sampled_from([0.0, 0.0, 0.1, 0.5, 3.0]),
+    templates=st.sampled_from([(), (), ("a {}",), ("a {}", "a {}"), ("a {}", "{} b")]),
+    subject=st.sampled_from(["", "sks"]),
+    keep_original=st.booleans(),
 )
 
 
 @examples(deadline=None, max_examples=300)
-@given(texts, specs)
-def test_what_is_known_ahead_is_exactly_what_is_made(text: str, spec: CaptionSpec) -> None:
+@given(texts, specs, st.sampled_from([None, 0, 4, 20]))
+def test_what_is_known_ahead_is_exactly_what_is_made(text: str, spec: CaptionSpec, total: int | None) -> None:
     made = {
-        process(text, spec, seed=seed, epoch=epoch, key="k", repeat=repeat)
+        process(text, spec, seed=seed, epoch=epoch, key="k", repeat=repeat, progress=progress)
         for seed in range(6)
         for epoch in (1, 2)
         for repeat in range(4)
+        for progress in ([Progress(step, total) for step in (0, total - 1)] if total else [None])
     }
-    known = possible(text, spec)
+    known = possible(text, spec, total=total)
     if known is None:
-        assert spec.shuffle or spec.wildcards or spec.tag_dropout_rate
+        warms = spec.warmup_step and total != 0
+        assert spec.shuffle or spec.wildcards or spec.tag_dropout_rate or warms or len(spec.templates) > 1
     else:
         assert made == set(known)
         assert len(known) == len(set(known)) <= 2
@@ -71,10 +78,28 @@ def test_what_is_known_ahead_is_exactly_what_is_made(text: str, spec: CaptionSpe
         ("a {{b|c}}", CaptionSpec(wildcards=True), ("a {b|c}",)),
         ("a\nb", CaptionSpec(wildcards=True), None),
         ("a\nb", CaptionSpec(), ("a",)),
+        ("a, b", CaptionSpec(templates=("x {}",)), ("x a, b",)),
+        ("a, b", CaptionSpec(templates=("x {}", "x {}")), ("x a, b",)),
+        ("a, b", CaptionSpec(templates=("x {}", "y {}")), None),
+        ("", CaptionSpec(templates=("x {}", "y {}")), ("",)),
+        ("a, b", CaptionSpec(templates=("x {}",), subject="s", shuffle=True), ("x s",)),
+        ("a, b", CaptionSpec(templates=("x {}",), subject="s", shuffle=True, keep_original=True), None),
+        ("a, b", CaptionSpec(templates=("x {}",), subject="s", dropout_rate=0.1), ("x s", "")),
+        ("a, b", CaptionSpec(templates=("x {}", "y {}"), dropout_rate=1.0), ("",)),
+        ("a,b", CaptionSpec(warmup_step=10), None),
+        ("a,b", CaptionSpec(warmup_step=10, warmup_min=2), ("a, b",)),
+        ("a,b", CaptionSpec(warmup_step=10, keep_tokens=1), ("a, b",)),
+        ("a,b", CaptionSpec(warmup_step=10, tag_dropout_rate=1.0), ("",)),
     ],
 )
 def test_captions_that_vary_and_those_that_do_not(text: str, spec: CaptionSpec, known: tuple[str, ...] | None) -> None:
     assert possible(text, spec) == known
+
+
+@pytest.mark.parametrize(("total", "known"), [(None, None), (0, ("a, b",)), (9, ("a, b",)), (10, None)])
+def test_a_warmup_that_is_over_at_the_start_varies_nothing(total: int | None, known: tuple[str, ...] | None) -> None:
+    assert possible("a, b", CaptionSpec(warmup_step=0.1), total=total) == known
+    assert possible("a, b", CaptionSpec(warmup_step=10), total=0) == ("a, b",), "steps that aren't counted"
 
 
 @pytest.fixture
@@ -107,6 +132,44 @@ def test_an_epoch_s_captions_are_those_of_the_loader(plan: Plan, epoch: int) -> 
     found = plan_captions(plan).of_epoch(4, epoch)
     assert len(found) == len(set(found))
     assert set(found) == loaded
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_an_epoch_s_captions_go_by_the_step(
+    tmp_path: Path, make_picture: MakePicture, make_spec: MakeSpec, epoch: int
+) -> None:
+    for i in range(5):
+        make_picture(tmp_path / f"{i}.png", caption=f"{i}, a, b, c, d")
+    spec = make_spec(
+        tmp_path, num_repeats=3, batch_size=2, caption=CaptionSpec(warmup_step=0.6, warmup_min=0, keep_tokens=1)
+    )
+    plan = build_plan([spec], sources.scan([spec]).records, 8, 1)
+    assert plan.batches_per_epoch == 8
+    loader = Loader(plan, seed=4, accumulation=3, total_steps=9)
+    loaded = {caption for batch in loader.epoch(epoch) for caption in batch.captions}
+    captions = plan_captions(plan, total_steps=9)
+    found = captions.of_epoch(4, epoch, accumulation=3, total_steps=9)
+    assert set(found) == loaded
+    assert len(captions.varying) == 5
+    lengths = {len(caption.split(", ")) for caption in found}
+    assert lengths == {1: {1, 2}, 2: {3, 4, 5}, 3: {5}}[epoch]
+    after = plan_captions(plan, total_steps=1)
+    assert (len(after.varying), set(after.known)) == (0, {f"{i}, a, b, c, d" for i in range(5)})
+    use = TextUse(KIB, 0, ahead=True)
+    assert not forecast(captions, use, seed=4, accumulation=3, total_steps=9).frees_encoders
+    assert forecast(after, use, seed=4, total_steps=1).frees_encoders
+
+
+def test_templates_go_through_the_memo(tmp_path: Path, make_picture: MakePicture, make_spec: MakeSpec) -> None:
+    make_picture(tmp_path / "a.png", caption="one")
+    two = make_spec(tmp_path, num_repeats=40, caption=CaptionSpec(templates=("{} here", "{} there")))
+    found = forecast(plan_captions(build_plan([two], sources.scan([two]).records, 8, 1)), TextUse(KIB, KIB), seed=1)
+    assert set(found.memo) == {"one here", "one there"}
+    assert not found.all_known
+    one = make_spec(tmp_path, num_repeats=40, caption=CaptionSpec(templates=("{} here",), subject="s", shuffle=True))
+    captions = plan_captions(build_plan([one], sources.scan([one]).records, 8, 1))
+    assert captions.known == ("s here",)
+    assert forecast(captions, TextUse(KIB, 0, ahead=True), seed=1).line().endswith("the text encoders are released")
 
 
 def test_what_becomes_of_captions(plan: Plan) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from library.data.plan import build_plan
-from library.data.sources import survey
+from library.data.sources.scan import survey
 from library.models.families import FAMILIES, FamilyName, Part
 from library.models.info import ModelInfo, PartInfo
 from library.options import load_datasets, parse
 from library.training import dry_run
 from library.training.prepare import LearningRates, Prepared
-from library.training.steps import PreviewPlan, SavePlan, make_clock
+from library.training.prepare_data import Data
+from library.training.steps import PreviewPlan, SavePlan, ValidationPlan, make_clock
 from library.training.text_use import text_use
 
 MakePicture = Callable[..., Path]
@@ -44,13 +45,12 @@ def prepared(tmp_path: Path, make_picture: MakePicture, repo_root: Path) -> Call
         plan = build_plan(specs, scan.records, 8, 1)
         return Prepared(
             options=options,
-            specs=specs,
             model=full_size(family, repo_root),
-            scan=scan,
-            plan=plan,
+            data=Data(specs, scan, plan, None),
             clock=make_clock(plan.batches_per_epoch, 1, 8, None),
             saves=SavePlan(None, None, None, None, None, None, None, False, False),
             previews=PreviewPlan(None, None, False),
+            validations=ValidationPlan(),
             prompts=(),
             resume=None,
             seed=1,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from library.data.images import Damage, Header, probe, probe_all
+from library.data.sources.images import Damage, Header, probe, probe_all
 
 MakePicture = Callable[..., Path]
 

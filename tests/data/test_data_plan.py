@@ -24,7 +24,7 @@ def spec_for(batch_size: int = 2, **how: Any) -> DatasetSpec:
 
 def record(number: int, size: tuple[int, int], repeats: int, dataset: int = 0) -> ImageRecord:
     name = f"{number}.png"
-    return ImageRecord(Path(name), name, size, 1, f"caption {number}", True, dataset, 0, repeats, False, 100)
+    return ImageRecord(Path("x"), name, size, 1, f"caption {number}", True, dataset, 0, repeats, False, 100)
 
 
 pictures = st.lists(st.tuples(st.integers(40, 400), st.integers(40, 400), st.integers(1, 5)), min_size=1, max_size=30)
@@ -52,6 +52,22 @@ def test_every_sample_stands_exactly_once(
         sizes[batch.dataset, batch.bucket] += len(batch.samples) < limit
     assert max(sizes.values()) <= 1
     assert plan.epoch(seed, epoch) == batches
+
+
+@settings(deadline=None, max_examples=40)
+@given(pictures, st.integers(1, 7), st.integers(0, 2**40))
+def test_three_epochs_show_every_sample_three_times(rows: Rows, global_batch: int, seed: int) -> None:
+    records = [record(i, (width, height), repeats) for i, (width, height, repeats) in enumerate(rows)]
+    shown: Counter[tuple[int, int]] = Counter()
+    orders = set()
+    for processes in [n for n in (1, 2, 3) if global_batch % n == 0]:
+        plan = build_plan([spec_for(global_batch // processes)], records, 8, processes)
+        epochs = tuple(plan.epoch(seed, epoch) for epoch in (1, 2, 3))
+        assert all({plan.fits[s.record].bucket for s in b.samples} == {b.bucket} for e in epochs for b in e)
+        shown = Counter((s.record, s.repeat) for batches in epochs for batch in batches for s in batch.samples)
+        assert shown == Counter({(i, repeat): 3 for i, one in enumerate(records) for repeat in range(one.repeats)})
+        orders.add(epochs)
+    assert len(orders) == 1
 
 
 def plan_of(count: int = 20, repeats: int = 2, processes: int = 1, batch_size: int = 2, **how: Any) -> Plan:
@@ -85,13 +101,16 @@ def test_steps() -> None:
         {"orientation": 3},
         {"key": "other.png"},
         {"is_reg": True},
+        {"subset": 1},
+        {"mask": "/masks/0.png", "mask_bytes": 10},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_fingerprint_sees_what_is_trained(change: dict[str, Any]) -> None:
     plan = plan_of()
     records = [replace(plan.records[0], **change), *plan.records[1:]]
-    changed = build_plan([spec_for()], records, 8, 1)
+    spec = replace(spec_for(), subsets=spec_for().subsets * 2)
+    changed = build_plan([spec], records, 8, 1)
     assert changed.fingerprint() != plan.fingerprint()
 
 
@@ -105,17 +124,29 @@ def test_fingerprint_sees_settings_but_no_places() -> None:
     def with_subset(**change: Any) -> DatasetSpec:
         return replace(spec_for(), subsets=(replace(subset, **change),))
 
-    same = [spec_for(), with_subset(image_dir=Path("moved")), replace(spec_for(), where="elsewhere")]
+    same = [
+        spec_for(),
+        with_subset(image_dir=Path("moved")),
+        with_subset(metadata_file=Path("moved.json"), where="elsewhere", mask_dir=Path("moved")),
+        replace(spec_for(), where="elsewhere"),
+    ]
     other = [
         spec_for(3),
+        replace(spec_for(), network_multiplier=0.5),
         with_subset(flip_aug=True),
         with_subset(random_crop=True),
         with_subset(resize_interpolation="area"),
+        with_subset(color_aug=True),
+        with_subset(alpha_mask=True),
+        with_subset(face_crop_aug_range=(1.0, 2.0)),
+        with_subset(custom_attributes={"diff_output_preservation": True}),
         with_subset(caption=CaptionSpec(shuffle=True)),
+        with_subset(caption=CaptionSpec(templates=("a photo of {}",))),
+        with_subset(caption=CaptionSpec(warmup_step=0.5)),
     ]
     assert {fingerprint(spec) for spec in same} == {plan.fingerprint()}
     assert len({fingerprint(spec) for spec in [spec_for(), *other]}) == len(other) + 1
-    moved = [replace(one, path=Path("/moved") / one.key) for one in plan.records]
+    moved = [replace(one, folder=Path("/moved")) for one in plan.records]
     assert build_plan([spec_for()], moved, 8, 1).fingerprint() == plan.fingerprint()
 
 
@@ -125,6 +156,33 @@ def test_pictures_too_small_for_a_bucket_are_named() -> None:
         build_plan([spec_for(bucket_no_upscale=True)], records, 8, 1)
     assert len(error.value.problems) == 11
     assert "2 more" in str(error.value)
+
+
+def test_small_pictures_are_left_out_when_that_is_asked_for() -> None:
+    records = [record(i, (20 + i, 300), 1) for i in range(12)] + [record(99, (128, 128), 2)]
+    plan = build_plan([spec_for(bucket_no_upscale=True)], records, 8, 1, skip_small=True)
+    assert [one.key for one in plan.records] == ["99.png"]
+    assert plan.samples_per_epoch == 2
+    assert len(plan.left_out) == 11
+    assert "0.png: 20x300 has a side below" in plan.left_out[0]
+    assert "2 more of 12" in plan.left_out[-1]
+    with pytest.raises(UserError, match="2 more of 12"):
+        build_plan([spec_for(bucket_no_upscale=True)], records[:12], 8, 1, skip_small=True)
+
+
+def test_joined_plans_keep_their_records_and_specs() -> None:
+    first, second = plan_of(count=4), plan_of(count=3, batch_size=5)
+    both = first.joined(second)
+    assert [one.key for one in both.records] == [one.key for one in (*first.records, *second.records)]
+    assert both.fits == first.fits + second.fits
+    for i, one in enumerate(both.records):
+        owner = both.datasets[one.dataset]
+        assert owner.records[i - owner.first] is one
+        assert owner.spec.batch_size == (2 if i < 4 else 5)
+    shown = {sample.record for batch in both.epoch(0, 1) for sample in batch.samples}
+    assert shown == set(range(7))
+    with pytest.raises(ValueError, match="can't be joined"):
+        first.joined(plan_of(processes=2))
 
 
 def test_sizes_are_checked_for_every_dataset() -> None:

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from library.data import sources
 from library.data.augment import Augmentation
 from library.data.buckets import Fit, fit
-from library.data.cache import LatentCache
+from library.data.caches.latents import LatentCache
 from library.data.loader import Batch, Loader
 from library.data.plan import Plan, build_plan
 from library.data.sizes import estimated, exact
+from library.data.sources import scan as sources
 from library.options.specs import DatasetSpec
 
 MakePicture = Callable[..., Path]
@@ -35,9 +35,9 @@ def in_bucket(bucket: tuple[int, int], resized: tuple[int, int] | None = None) -
 def test_estimates_are_those_of_sd_scripts(row: dict[str, Any]) -> None:
     (width, height), bucket = row["size"], tuple(row["bucket"])
     left, top, right, _ = row["crop_ltrb"]
-    plain = estimated((width, height), in_bucket(bucket), Augmentation(False, (5, 7)))
+    plain = estimated((width, height), in_bucket(bucket), Augmentation(False, (5, 7), bucket))
     assert plain == (height, width, int(top), int(left), bucket[1], bucket[0])
-    mirrored = estimated((width, height), in_bucket(bucket), Augmentation(True, (5, 7)))
+    mirrored = estimated((width, height), in_bucket(bucket), Augmentation(True, (5, 7), bucket))
     assert mirrored == (height, width, int(top), int(bucket[0] - right), bucket[1], bucket[0])
 
 
@@ -46,8 +46,22 @@ def test_a_wide_picture_by_hand() -> None:
     found = fit((1920, 1080), spec, 8)
     assert (found.bucket, found.resized, found.crop) == ((640, 384), (683, 384), (21, 0))
     for flip, left in ((False, 21), (True, 683 - 21 - 640)):
-        assert estimated((1920, 1080), found, Augmentation(flip, found.crop)) == (1080, 1920, 12, 0, 384, 640)
-        assert exact((1920, 1080), found, Augmentation(flip, found.crop)) == (1080, 1920, 0, left, 384, 640)
+        assert estimated((1920, 1080), found, Augmentation(flip, found.crop, found.resized)) == (
+            1080,
+            1920,
+            12,
+            0,
+            384,
+            640,
+        )
+        assert exact((1920, 1080), found, Augmentation(flip, found.crop, found.resized)) == (
+            1080,
+            1920,
+            0,
+            left,
+            384,
+            640,
+        )
 
 
 @given(
@@ -62,7 +76,7 @@ def test_a_mirrored_cut_lies_where_the_cut_lies_in_the_mirrored_picture(
     left, top = data.draw(st.integers(0, room[0])), data.draw(st.integers(0, room[1]))
     columns = np.arange(resized[0])
     seen = columns[left : left + bucket[0]][::-1]
-    numbers = exact((50, 60), in_bucket(bucket, resized), Augmentation(True, (left, top)))
+    numbers = exact((50, 60), in_bucket(bucket, resized), Augmentation(True, (left, top), resized))
     assert numbers[:3] == (60, 50, top)
     assert np.array_equal(columns[::-1][numbers[3] : numbers[3] + bucket[0]], seen)
 

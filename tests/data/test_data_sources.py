@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.data.captions import tag_frequency
-from library.data.sources import scan, survey
+from library.data.sources.scan import scan, survey
 from library.errors import UserError
 from library.options.specs import CaptionSpec, DatasetSpec, SubsetSpec
 

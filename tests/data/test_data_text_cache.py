@@ -14,8 +14,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from library.conditioning import Conditioning
-from library.data.text_cache import TextStore
-from library.data.text_files import TextFiles
+from library.data.caches.text import TextStore
+from library.data.caches.text_files import TextFiles
 from library.errors import UserError
 
 WIDTHS, TOKENS, POOLED = (3, 5), 77, 4

@@ -163,15 +163,22 @@ def test_json_means_the_same_and_names_lines(run: Run, tmp_path: Path) -> None:
         ("dataset", "batch_size = 0", "batch_size: 0 is out of range: it must be at least 1"),
         ("subset", "caption_dropout_rate = 2", "caption_dropout_rate: 2.0 is out of range"),
         ("subset", "resize_interpolation = 'cubik'", "did you mean cubic?"),
-        ("subset", "color_aug = true", "color_aug: not supported yet"),
-        ("subset", "metadata_file = 'm.json'", "metadata_file: not supported yet; write captions"),
-        ("subset", "conditioning_data_dir = 'x'", "conditioning_data_dir: not supported yet"),
-        ("subset", "custom_attributes = {a = 1}", "custom_attributes: not supported yet"),
-        ("subset", "face_crop_aug_range = [1.0, 2.0]", "face_crop_aug_range: not supported yet"),
-        ("dataset", "network_multiplier = 0.5", "network_multiplier: not supported yet"),
-        ("general", "validation_split = 0.1", "validation_split: not supported yet"),
-        ("subset", "alpha_mask = true", "alpha_mask: not supported yet"),
-        ("subset", "token_warmup_step = 10", "token_warmup_step: not supported yet"),
+        ("subset", "face_crop_aug_range = [2.0]", "is no range of two numbers above 0"),
+        ("dataset", "face_crop_aug_range = [2.0, 1.0]", "the smaller one first; such as 2.0,4.0"),
+        ("subset", "custom_attributes = 3", "custom_attributes: 3 is no"),
+        ("dataset", "aspect_ratio_buckets = [512, 256]", "holds 2 numbers; wanted: target resolution"),
+        ("dataset", "aspect_ratio_buckets = [512, 250, 768, 64]", "250 can't be divided by 64"),
+        ("dataset", "aspect_ratio_buckets = [512, 576, 768, 64]", "the target 512 doesn't lie from 576 to 768"),
+        ("dataset", "aspect_ratio_buckets = {target_resolution = 512}", "wanted: target_resolution, start_dim"),
+        ("subset", "caption_templates = ['a cat']", "'a cat' doesn't hold {} once"),
+        ("subset", "keep_original_captions = true", "has no effect without templates"),
+        ("subset", "caption_separator = ''", "caption_separator: is empty"),
+        ("subset", "conditioning_data_dir = 'x'", "mask pictures have no effect without --masked_loss"),
+        ("general", "alpha_mask = true", "it belongs in [[datasets.subsets]]"),
+        ("dataset", "metadata_file = 'm.json'", "it belongs in [[datasets.subsets]]"),
+        ("subset", "validation_seed = 1", "it belongs in [general] or [[datasets]]"),
+        ("subset", "validation_split = 1.5", "validation_split: 1.5 is out of range"),
+        ("subset", "caption_from = 'name'", "'name' is not among"),
     ],
 )
 def test_a_wrong_key_is_named_with_its_line(
@@ -182,19 +189,6 @@ def test_a_wrong_key_is_named_with_its_line(
     number = {"general": 3, "dataset": 6, "subset": 9}[level]
     assert problem.startswith(f"{tmp_path}/d.toml:{number} {line.split(' ')[0]}: ")
     assert message in problem
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "color_aug = false", "alpha_mask = false", "network_multiplier = 1.0", "validation_split = 0.0",
-        "custom_attributes = {}", "token_warmup_min = 1", "token_warmup_step = 0", "cache_info = false",
-    ],
-)  # fmt: skip
-def test_a_refused_key_that_is_off_is_silent(file: Callable[..., tuple[DatasetSpec, ...]], line: str) -> None:
-    level = "dataset" if "network" in line or "validation" in line else "subset"
-    (spec,) = file(LEVELS.format(**{"general": "", "dataset": "", "subset": "", level: line}))
-    assert len(spec.subsets) == 1
 
 
 SUBSET = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\n{}"
@@ -316,8 +310,107 @@ def test_steps_that_are_no_multiple_of_64_are_mentioned(run: Run, tmp_path: Path
     assert any("256 becomes 240" in line for line in options.notices)
 
 
-def test_random_crop_can_not_be_cached(file: Callable[..., tuple[DatasetSpec, ...]]) -> None:
-    text = LEVELS.format(general="", dataset="", subset="random_crop = true")
-    assert file(text)[0].subsets[0].random_crop
+@pytest.mark.parametrize("line", ["random_crop = true", "color_aug = true", "face_crop_aug_range = [1.0, 2.0]"])
+def test_what_changes_pixels_can_not_be_cached(file: Callable[..., tuple[DatasetSpec, ...]], line: str) -> None:
+    text = LEVELS.format(general="", dataset="", subset=line)
+    name = line.split(" ")[0]
+    assert getattr(file(text)[0].subsets[0], name)
     (problem,) = _problems(file, text, "--cache_latents_to_disk")
-    assert "random_crop can't be used with cached latents" in problem
+    assert f"{name} can't be used with cached latents" in problem
+
+
+def test_every_new_key_arrives_in_its_field(file: Callable[..., tuple[DatasetSpec, ...]], tmp_path: Path) -> None:
+    (spec, larger) = file(
+        """
+[[datasets]]
+resolution = 512
+more_resolutions = ["768,640"]
+network_multiplier = 1
+validation_seed = 5
+bucket_choice = "log_ratio"
+  [[datasets.subsets]]
+  image_dir = "@/a"
+  class_tokens = "cat"
+  recursive = true
+  caption_from = "filename"
+  shuffle_caption_delimiter = "; "
+  caption_preset = "object"
+  keep_original_captions = true
+  token_warmup_min = 2
+  token_warmup_step = 0.5
+  keep_in_memory = true
+  alpha_mask = true
+  conditioning_data_dir = "@/b"
+  validation_split = 1
+  custom_attributes = {note = "x"}
+""",
+        "--masked_loss",
+    )
+    assert (spec.resolution, larger.resolution, spec.network_multiplier) == ((512, 512), (768, 640), 1.0)
+    assert larger.where.endswith("[[datasets]] at 768x640")
+    assert (spec.split_seed, spec.bucket_choice) == (5, "log_ratio")
+    (subset,) = spec.subsets
+    assert subset == larger.subsets[0]
+    assert (subset.recursive, subset.caption_from, subset.keep_in_memory) == (True, "filename", True)
+    assert (subset.alpha_mask, subset.mask_dir, subset.masks) == (True, tmp_path / "b", True)
+    assert (subset.validation_split, subset.custom_attributes) == (1.0, {"note": "x"})
+    caption = subset.caption
+    assert (caption.separator, caption.shuffle, caption.warmup_min, caption.warmup_step) == ("; ", True, 2, 0.5)
+    assert (len(caption.templates) > 1, caption.subject, caption.keep_original) == (True, "cat", True)
+
+
+def test_sources_other_than_folders(file: Callable[..., tuple[DatasetSpec, ...]], tmp_path: Path) -> None:
+    for name in ("m.json", "rows.jsonl"):
+        (tmp_path / name).write_text("{}")
+    template = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{}\n"
+    (meta, rows, hub) = file(
+        template.format('metadata_file = "@/m.json"\nimage_dir = "@/a"')
+        + template.format('jsonl_path = "@/rows.jsonl"\ncaption_column = "words"')
+        + template.format('dataset_name = "user/set"\ndataset_config_name = "c"\nhf_cache_dir = "@/hf"')
+    )
+    (one,), (two,), (three,) = meta.subsets, rows.subsets, hub.subsets
+    assert (one.source, one.image_dir, one.metadata_file) == ("metadata", tmp_path / "a", tmp_path / "m.json")
+    assert (two.source, two.image_dir, two.columns.caption) == ("jsonl", tmp_path, "words")
+    assert three.hub is not None
+    assert (three.source, three.hub.name, three.hub.config) == ("hub", "user/set", "c")
+    assert three.hub.cache_dir == tmp_path / "hf"
+    assert [subset.name for subset in (one, two, three)] == ["m.json", "rows.jsonl", "set"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('image_dir = "@/a"\n[[datasets.subsets]]\nmetadata_file = "@/m.json"', "are of different kinds: a folder"),
+        ('metadata_file = "@/m.json"\njsonl_path = "@/m.json"', "a subset has one source of pictures"),
+        ('metadata_file = "@/none.json"', "there is no file"),
+        ('metadata_file = "@/m.txt"', "is no .json or .jsonl file"),
+        ('jsonl_path = "@/m.json"', "is no .jsonl file"),
+        ('conditioning_data_dir = "@/none"\nimage_dir = "@/a"', "there is no folder"),
+    ],
+)
+def test_a_wrong_source_is_explained(
+    file: Callable[..., tuple[DatasetSpec, ...]], tmp_path: Path, lines: str, message: str
+) -> None:
+    for name in ("m.json", "m.txt"):
+        (tmp_path / name).write_text("{}")
+    text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{lines}"
+    assert message in _problems(file, text, "--masked_loss")[0]
+
+
+def test_a_metadata_file_by_flag(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text("")
+    argv = ["--in_json", f"{tmp_path}/m.jsonl", "--resolution", "64", "--dataset_repeats", "3"]
+    (spec,) = load_datasets(run(*argv, "--train_data_dir", f"{tmp_path}/a"))
+    (subset,) = spec.subsets
+    assert (subset.source, subset.image_dir, subset.num_repeats) == ("metadata", tmp_path / "a", 3)
+    assert load_datasets(run(*argv))[0].subsets[0].image_dir == tmp_path
+    assert "there is no file" in _problems(run, "--in_json", f"{tmp_path}/no.json", "--resolution", "64")[0]
+
+
+def test_the_split_is_that_of_the_seed_unless_it_has_its_own(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "train" / "1_cat").mkdir(parents=True)
+    flags = ["--train_data_dir", f"{tmp_path}/train", "--resolution", "64"]
+    assert [
+        load_datasets(run(*flags, *more.split()))[0].split_seed
+        for more in ("", "--seed 4", "--seed 4 --validation_seed 9")
+    ] == [0, 4, 9]

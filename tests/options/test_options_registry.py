@@ -15,7 +15,10 @@ from library.options.registry import FLAGS
 
 _OURS = {
     *("deterministic", "trust_foreign_caches", "resume_schedule", "dry_run", "text_encoder", "variant"),
-    *("ignore_model_hash", "text_memo_mb", "exact_crop_conditioning"),
+    *("ignore_model_hash", "text_memo_mb", "exact_crop_conditioning", "recursive", "caption_from"),
+    *("shuffle_caption_delimiter", "caption_preset", "caption_templates", "keep_original_captions"),
+    *("aspect_ratio_buckets", "bucket_choice", "more_resolutions", "max_crop_loss", "skip_small_images"),
+    *("skip_bad_images", "verify_images", "keep_in_memory", "latent_sampling"),
 }
 _SHAPES = {"flag": {"flag"}, "int": {"int"}, "float": {"float"}, "int_or_float": {"steps"}, "Path": {"path"}}
 _TEXTS = {"str", "path", "size"}

@@ -8,9 +8,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from library.models import load as loading
-from library.training import session
-from library.training.prepare import Prepared
+from library.models.load import load as load_everything
+from library.training import loading
 from tests.pictures import make_pictures
 
 CACHED = ("--cache_latents_to_disk", "--network_train_unet_only", "--cache_text_encoder_outputs")
@@ -30,13 +29,12 @@ def test_parts_that_are_cached_are_let_go(
     from train_network import main
 
     loaded: list[Any] = []
-    real = loading.load
 
     def load(*given: Any, **more: Any) -> Any:
-        loaded.append(real(*given, **more))
+        loaded.append(load_everything(*given, **more))
         return loaded[-1]
 
-    monkeypatch.setattr(session, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     make_pictures(tmp_path / "pictures", count=2)
     (tmp_path / "prompts.txt").write_text("a red shape --s 1 --w 64 --h 64 --d 1\n")
     line = [
@@ -67,11 +65,18 @@ def test_precision_of_the_vae(
     dtype: torch.dtype, no_half_vae: bool, fragile: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(session, "load", lambda info, **more: asked.update(more))
+    monkeypatch.setattr(loading, "load", lambda info, **more: asked.update(more))
+    precision = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     options = SimpleNamespace(
-        model=SimpleNamespace(no_half_vae=no_half_vae, clip_skip=None, max_token_length=None),
+        model=SimpleNamespace(
+            no_half_vae=no_half_vae,
+            clip_skip=None,
+            max_token_length=None,
+            mixed_precision=precision,
+            deterministic=False,
+        ),
         dataset=SimpleNamespace(weighted_captions=False),
     )
-    prepared = cast(Prepared, SimpleNamespace(options=options, model=SimpleNamespace(vae_fragile=fragile)))
-    session._load_model(prepared, cast(Any, SimpleNamespace(device="cpu")), dtype)
+    processes = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    loading.load_model(cast(Any, options), cast(Any, SimpleNamespace(vae_fragile=fragile)), cast(Any, processes))
     assert asked["vae_dtype"] == expected

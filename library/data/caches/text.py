@@ -13,9 +13,10 @@ import torch
 
 from library import console
 from library.conditioning import Conditioning, join
-from library.data.ahead import ahead
-from library.data.cache_files import Verdict
-from library.data.text_files import Encoded, TextFiles
+from library.data.caches import latent_files
+from library.data.caches.latent_files import Verdict
+from library.data.caches.text_files import Encoded, TextFiles
+from library.data.caches.verified import in_order
 from library.errors import UserError
 
 Encode = Callable[[Sequence[str]], Conditioning]
@@ -76,7 +77,7 @@ class TextStore:
         Args:
             threads: threads that check files.
             rank, world_size: each process makes its share of the files; what has none, every process makes.
-            wait: called at the end; returns when every process has come so far.
+            wait: called at the end, whatever was found; returns when every process has come so far.
 
         Raises:
             UserError: a text encoder gave NaN, or a file can't be written.
@@ -86,17 +87,26 @@ class TextStore:
         missing = self._missing(self.files, filed[rank::world_size], threads) if self.files is not None else {}
         elsewhere = set(filed) - missing.keys()
         todo = [caption for caption in wanted if caption not in elsewhere]
-        for caption in console.track(todo, "caching text", len(todo)) if todo else ():
-            made = self._make(caption)
-            if self.files is None or caption not in missing:
-                self._pinned[caption] = made.to("cpu")
-                continue
-            encoded = _to_arrays(made, self.files.widths)
-            for path in missing[caption]:
-                self.files.write(path, caption, encoded)
+        try:
+            for caption in console.track(todo, "caching text", len(todo)) if todo else ():
+                self._keep(caption, missing.get(caption, ()))
+        except UserError:
+            if wait is not None:
+                wait()
+            raise
         if wait is not None:
             wait()
         self._on_disk.update(filed)
+
+    def _keep(self, caption: str, paths: Sequence[Path]) -> None:
+        """Encode a caption into its files, or into memory if it has none."""
+        made = self._make(caption)
+        if self.files is None or not paths:
+            self._pinned[caption] = made.to("cpu")
+            return
+        encoded = _to_arrays(made, self.files.widths)
+        for path in paths:
+            self.files.write(path, caption, encoded)
 
     def _get(self, caption: str) -> Conditioning:
         if caption in self._pinned:
@@ -126,10 +136,11 @@ class TextStore:
     @staticmethod
     def _missing(files: TextFiles, captions: Sequence[str], threads: int) -> dict[str, list[Path]]:
         """The files to make, by caption; says what was found."""
+        latent_files.sweep({path.parent for paths in files.files.values() for path in paths})
         pairs = [(path, caption) for caption in captions for path in files.files[caption]]
         found: list[Verdict] = []
         missing: dict[str, list[Path]] = {}
-        judged = ahead(lambda pair: files.judge(*pair), pairs, threads=threads, depth=4 * max(1, threads))
+        judged = in_order(lambda pair: files.judge(*pair), pairs, threads)
         tracked = console.track(judged, "checking cached text", len(pairs)) if pairs else ()
         for (path, caption), verdict in zip(pairs, tracked, strict=True):
             found.append(verdict)
@@ -137,6 +148,7 @@ class TextStore:
                 console.warn(f"{path}: damaged; it is made anew")
             if verdict != "ours":
                 missing.setdefault(caption, []).append(path)
+        files.verified.save()
         if stale := found.count("stale"):
             console.say(f"cached texts that no longer fit caption, text encoder or length: {stale}, made anew")
         if foreign := found.count("foreign"):

@@ -2,7 +2,7 @@
 
 The layout is that of sd-scripts (`hidden_state1`, `hidden_state2`, `pool2`) with one entry more, `lorasmith`: JSON that
 says from which caption, with which text encoders, and at which length the arrays were made. sd-scripts' own files say
-nothing of the kind and are never used. Imports no torch; encoding captions is data.text_cache's.
+nothing of the kind and are never used. Imports no torch; encoding captions is data.caches.text's.
 """
 
 import hashlib
@@ -11,15 +11,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from numpy.typing import NDArray
 
-from library.data import cache_files
-from library.data.cache_files import ENTRY, UNREADABLE, Verdict
+from library.data.caches import latent_files, npz
+from library.data.caches.latent_files import ENTRY, Verdict
+from library.data.caches.npz import UNREADABLE
+from library.data.caches.verified import Verified
 from library.errors import UserError
 
 FORMAT_VERSION = 2
+ENDING = "_te_outputs.npz"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -61,6 +64,7 @@ class TextFiles:
         for path, caption in _claim(dict.fromkeys(captions)):
             files[caption].append(path)
         self.files = {caption: tuple(paths) for caption, paths in files.items()}
+        self.verified = Verified(("ours",))
 
     def __contains__(self, caption: str) -> bool:
         return caption in self.files
@@ -75,8 +79,19 @@ class TextFiles:
             "widths": list(self.widths),
         }
 
-    def judge(self, path: Path, caption: str) -> Verdict:
-        """Whether the file at `path` holds the conditioning of `caption`; `foreign` is another program's."""
+    def judge(self, path: Path, caption: str, *, afresh: bool = False) -> Verdict:
+        """Whether the file at `path` holds the conditioning of `caption`; `foreign` is another program's.
+
+        What was found before and can't have changed isn't read again, unless `afresh`.
+        """
+        description = self.description(caption)
+        if afresh:
+            return self._judge(path, description)
+        return cast(
+            Verdict, self.verified.verdict([path], json.dumps(description), lambda: self._judge(path, description))
+        )
+
+    def _judge(self, path: Path, description: dict[str, object]) -> Verdict:
         try:
             said, arrays = _open(path)
         except FileNotFoundError:
@@ -87,9 +102,9 @@ class TextFiles:
             return "foreign"
         dtype = said.pop("dtype", None)
         hashed = said.pop("arrays", None)
-        if said != self.description(caption) or dtype not in DTYPES:
+        if said != description or dtype not in DTYPES:
             return "stale"
-        if hashed != cache_files.hash_arrays(arrays):
+        if hashed != latent_files.hash_arrays(arrays):
             return "damaged"
         shapes = [getattr(arrays.get(f"hidden_state{n}"), "shape", None) for n in range(1, len(self.widths) + 1)]
         return "ours" if shapes == [(self.tokens, width) for width in self.widths] else "stale"
@@ -115,13 +130,14 @@ class TextFiles:
         Raises:
             UserError: the file can't be written.
         """
-        description = {**self.description(caption), "dtype": encoded.dtype}
-        cache_files.save(path, encoded.arrays(), description, memory_flag="--cache_text_encoder_outputs")
+        arrays = encoded.arrays()
+        said = {**self.description(caption), "dtype": encoded.dtype, "arrays": latent_files.hash_arrays(arrays)}
+        latent_files.save(path, arrays, said, memory_flag="--cache_text_encoder_outputs")
 
 
 def _open(path: Path) -> tuple[dict[str, object] | None, dict[str, NDArray[Any]]]:
     """What a file says of itself (None if it has no entry of ours), and its arrays."""
-    arrays = cache_files.entries(path)
+    arrays = npz.read(path)
     entry = arrays.pop(ENTRY, None)
     said = None if entry is None else json.loads(str(entry))
     if not isinstance(said, dict | None):
@@ -134,9 +150,9 @@ def _claim(captions: Iterable[tuple[Path, str]]) -> Iterator[tuple[Path, str]]:
     claimed: set[Path] = set()
     for picture, caption in captions:
         number = 1
-        path = picture.with_name(f"{picture.stem}_te_outputs.npz")
+        path = picture.with_name(f"{picture.stem}{ENDING}")
         while path.absolute() in claimed:
-            path = picture.with_name(f"{picture.name}{f'_{number}' if number > 1 else ''}_te_outputs.npz")
+            path = picture.with_name(f"{picture.name}{f'_{number}' if number > 1 else ''}{ENDING}")
             number += 1
         claimed.add(path.absolute())
         yield path, caption

@@ -1,21 +1,26 @@
 """What the header and the end of a picture file tell: its upright size, and whether it is whole. Nothing is decoded.
 
-Damage inside the compressed data is found when the picture is decoded (data.pixels), not here.
+Ordinary files are read by data.sources.fast_headers, all others by Pillow. Damage inside the compressed data is found
+when the picture is decoded, by `decode` or by data.pixels. What was found before is remembered by data.sources.index.
 """
 
 import importlib
 import os
+import stat
 import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
+
+from library.data.sources import fast_headers
+from library.data.sources.fast_headers import HEAD_BYTES, ORIENTATION_TAG, PNG_END, TAIL_BYTES
+from library.data.sources.reading import read_all
 
 PLUGINS = {
     "PNG": "PIL.PngImagePlugin",
@@ -29,8 +34,6 @@ PLUGINS = {
 """What Pillow may try, whatever the name says (a GIF named .png is a picture), and the module that reads it."""
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 """Names that are taken as pictures, in any case."""
-ORIENTATION_TAG = 0x0112
-TAIL_BYTES = 16384
 BROKEN_HEADER = (
     SyntaxError,
     ValueError,
@@ -43,7 +46,8 @@ BROKEN_HEADER = (
     zlib.error,
 )
 """What the readers of formats raise on damaged headers, besides `OSError`."""
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_READING = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+"""A pipe that is named like a picture must not make anybody wait."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -65,13 +69,40 @@ class Damage:
     advice: str = "replace or remove it"
 
 
-def probe(path: Path) -> Header | Damage:
+def probe(path: Path | str) -> Header | Damage:
     """Read the header of one picture and look at the end of its file."""
     try:
-        with path.open("rb") as file:
+        descriptor = os.open(path, _READING)
+    except (OSError, ValueError) as error:
+        return Damage(f"can't be read: {getattr(error, 'strerror', None) or error}")
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return Damage("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not an ordinary file")
+        if status.st_size == 0:
+            return Damage("the file is empty")
+        found = fast_headers.read(descriptor, os.read(descriptor, HEAD_BYTES), status.st_size)
+    except OSError as error:
+        return Damage(f"can't be read: {error.strerror or error}")
+    finally:
+        os.close(descriptor)
+    return _ask_pillow(path) if found is None else _header(*found, status.st_size)
+
+
+def probe_all(paths: Sequence[Path | str], threads: int) -> list[Header | Damage]:
+    """`probe` of every path, in order, by up to `threads` threads."""
+    return read_all(probe, paths, threads=threads)
+
+
+def _header(width: int, height: int, orientation: int, length: int) -> Header:
+    """The header of a picture that is stored as `width` x `height`."""
+    return Header((height, width) if orientation >= 5 else (width, height), orientation, length)
+
+
+def _ask_pillow(path: Path | str) -> Header | Damage:
+    try:
+        with Path(path).open("rb") as file:
             length = os.fstat(file.fileno()).st_size
-            if length == 0:
-                return Damage("the file is empty")
             damage = _truncation(file, length)
             if damage is not None:
                 return damage
@@ -79,26 +110,40 @@ def probe(path: Path) -> Header | Damage:
             with open_image(file) as image:
                 width, height = image.size
                 orientation = _orientation(image, file, length)
-    except UnidentifiedImageError:
-        return Damage("not a picture in a format that can be read, whatever its name says")
-    except Image.DecompressionBombError:
-        return Damage("more than 178 million pixels", "scale it down")
-    except OSError as error:
-        return Damage(f"can't be read: {error.strerror or error}")
-    except BROKEN_HEADER as error:
-        return Damage(f"its header is damaged ({error})")
+    except Exception as error:
+        damage = damage_of(error)
+        if damage is None:
+            raise
+        return damage
     if width < 1 or height < 1:
         return Damage("a picture without pixels")
-    upright = (height, width) if orientation >= 5 else (width, height)
-    return Header(upright, orientation, length)
+    return _header(width, height, orientation, length)
 
 
-def probe_all(paths: Sequence[Path], threads: int) -> list[Header | Damage]:
-    """`probe` of every path, in order, by up to `threads` threads."""
-    if threads <= 1 or len(paths) < 8:
-        return [probe(path) for path in paths]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(probe, paths, chunksize=16))
+def decode(path: Path | str) -> Damage | None:
+    """Decode one picture and forget it: what is wrong with its data, which no header tells."""
+    try:
+        with Path(path).open("rb") as file, open_image(file) as image:
+            image.load()
+    except Exception as error:
+        damage = damage_of(error)
+        if damage is None:
+            raise
+        return damage
+    return None
+
+
+def damage_of(error: Exception) -> Damage | None:
+    """What an error of Pillow's says about a picture; None for errors that no picture can cause."""
+    if isinstance(error, UnidentifiedImageError):
+        return Damage("not a picture in a format that can be read, whatever its name says")
+    if isinstance(error, Image.DecompressionBombError):
+        return Damage("more than 178 million pixels", "scale it down")
+    if isinstance(error, OSError):
+        return Damage(f"can't be read: {error.strerror or error}")
+    if isinstance(error, BROKEN_HEADER):
+        return Damage(f"its data is damaged ({error})")
+    return None
 
 
 def open_image(file: BinaryIO) -> Image.Image:
@@ -158,8 +203,8 @@ def _truncation(file: BinaryIO, length: int) -> Damage | None:
 
 def _png_is_whole(file: BinaryIO, length: int) -> bool:
     """The end chunk is there: as the last bytes, or found by walking the chunks when something was appended."""
-    file.seek(max(0, length - len(_PNG_END)))
-    if file.read() == _PNG_END:
+    file.seek(max(0, length - len(PNG_END)))
+    if file.read() == PNG_END:
         return True
     position = 8
     while position + 12 <= length:

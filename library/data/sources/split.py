@@ -1,0 +1,107 @@
+"""Which pictures are held out for validation: a function of a picture's name, not of the order in which it was found.
+
+The batches of a validation are made elsewhere (data.plan), the records are those of data.sources.scan.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+from library.data.records import ImageRecord
+from library.data.sources.listing import Findings
+from library.data.sources.picture_files import some
+from library.errors import Problem
+from library.options.specs import DatasetSpec, SubsetSpec
+from library.rng import rng
+
+
+def hold_out(
+    records: Sequence[ImageRecord], specs: Sequence[DatasetSpec], findings: Findings
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Training records and validation records, each in the order of `records`; the latter with one repeat.
+
+    Of a subset of n pictures that asks for a fraction f, n * f rounded half up are held out: those whose keys have the
+    lowest hashes under the dataset's `split_seed`. So a larger fraction holds out the same pictures and some more, and
+    two datasets of the same pictures, fraction and seed are split alike. Regularization pictures always train. A
+    picture that one subset would train on and another hold out, and a run that is left without pictures to train on,
+    are problems.
+    """
+    if not any(subset.validation_split for spec in specs for subset in spec.subsets):
+        return list(records), []
+    members: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, record in enumerate(records):
+        if not record.is_reg:
+            members[record.dataset, record.subset].append(i)
+    held: set[int] = set()
+    for (dataset, subset), mine in members.items():
+        fraction = specs[dataset].subsets[subset].validation_split
+        count = round_half_up(len(mine), fraction)
+        if fraction and not count:
+            findings.notices.append(
+                f"{_place(specs[dataset].subsets[subset])}: validation_split {fraction:g} of {len(mine)} pictures "
+                "holds out none"
+            )
+        held.update(_lowest(records, mine, count, specs[dataset].split_seed))
+    training = [record for i, record in enumerate(records) if i not in held]
+    validation = [replace(record, repeats=1) for i, record in enumerate(records) if i in held]
+    _check_overlap(training, validation, specs, findings)
+    if held and all(record.is_reg for record in training):
+        first = specs[validation[0].dataset]
+        wrong = "validation_split holds out every picture; none is left to train on"
+        findings.problems.append(Problem(first.where or _place(first.subsets[0]), wrong, "use a smaller fraction"))
+    return training, validation
+
+
+def round_half_up(count: int, fraction: float) -> int:
+    """`count * fraction`, the fraction taken as it is written in decimals: 0.29 of 50 is 14.5, which gives 15."""
+    return int(count * Fraction(repr(float(fraction))) + Fraction(1, 2))
+
+
+def _lowest(records: Sequence[ImageRecord], members: Sequence[int], count: int, seed: int) -> list[int]:
+    """Those `count` of `members` whose keys have the lowest hashes."""
+    if count in (0, len(members)):
+        return list(members) if count else []
+    salt = rng(seed, "split").bytes(16)
+
+    def rank(i: int) -> tuple[bytes, str]:
+        key = records[i].key
+        return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8, key=salt).digest(), key
+
+    return sorted(members, key=rank)[:count]
+
+
+def _check_overlap(
+    training: Sequence[ImageRecord],
+    validation: Sequence[ImageRecord],
+    specs: Sequence[DatasetSpec],
+    findings: Findings,
+) -> None:
+    """A picture on both sides would make the validation worthless."""
+    resolved: dict[Path, Path] = {}
+
+    def name(record: ImageRecord) -> Path | str:
+        if record.folder not in resolved:
+            resolved[record.folder] = record.folder.resolve()
+        return f"{resolved[record.folder]}/{record.key}" if not record.key.startswith("/") else record.key
+
+    trained = {name(record): record for record in training} if validation else {}
+    both: dict[tuple[int, int, int, int], list[str]] = defaultdict(list)
+    for record in validation:
+        other = trained.get(name(record))
+        if other is not None:
+            both[record.dataset, record.subset, other.dataset, other.subset].append(record.key)
+    for (dataset, subset, other_dataset, other_subset), keys in both.items():
+        mine, other_spec = specs[dataset].subsets[subset], specs[other_dataset].subsets[other_subset]
+        wrong = (
+            f"pictures would be held out for validation here, and trained on in {_place(other_spec)} "
+            f"({len(keys)}): {some(keys)}"
+        )
+        advice = "use the same validation_split and the same pictures in both, or pictures of their own for validation"
+        findings.problems.append(Problem(_place(mine), wrong, advice))
+
+
+def _place(spec: SubsetSpec) -> str:
+    return spec.where or str(spec.image_dir)

@@ -1,0 +1,127 @@
+"""A run that only makes caches, or looks after them: what tools/cache_*.py share.
+
+They take the flags of train_network.py, so that a training with the same flags finds its caches. Under
+`accelerate launch` several processes share the work.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from library import console
+from library.data.caches.upkeep import TEXT_ENDINGS, Finding, endings, folders_of, prune, report
+from library.data.plan import Plan
+from library.errors import UserError
+from library.options import Options, parse
+from library.training.launcher import available_cores, prepare_cpu_threads
+from library.training.prepare_data import PreparedData, prepare_caching
+
+What = Literal["latents", "text"]
+_NEEDS = ("pretrained_model_name_or_path",)
+_FLAGS: dict[What, tuple[str, ...]] = {
+    "latents": ("--cache_latents_to_disk",),
+    "text": ("--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do with the caches of a kind; without `verify` or `prune` they are made."""
+
+    what: What
+    verify: bool
+    prune: bool
+
+
+def main(what: What, arguments: Sequence[str], description: str) -> int:
+    """Run a tool. Returns the exit code: 0, 1 (`--verify` found files that can't be used), 2 (bad input), 130."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog="All other flags are those of train_network.py.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read and judge every file that is wanted; change nothing"
+    )
+    parser.add_argument("--prune", action="store_true", help="delete our files that no picture wants any more")
+    parser.add_argument("--dry_run", action="store_true", help="only say what would be made, or deleted")
+    own, rest = parser.parse_known_args(arguments)
+    console.prepare_streams()
+    job = Job(what, own.verify or (own.dry_run and not own.prune), own.prune)
+    try:
+        return _run(job, parse([*rest, *_FLAGS[what]], _NEEDS), dry_run=own.dry_run)
+    except UserError as error:
+        return console.complain(error)
+    except KeyboardInterrupt:
+        console.say("stopped; what was cached stays")
+        return 130
+
+
+def _run(job: Job, options: Options, *, dry_run: bool) -> int:
+    first = os.environ.get("RANK", "0") == "0"
+    console.set_level(options.config.console_log_level or "INFO" if first else "ERROR")
+    prepared = prepare_caching(options)
+    for line in prepared.notices:
+        console.say(line)
+    if (job.verify or job.prune) and not first:
+        return 0
+    prepare_cpu_threads()
+    plan = prepared.data.everything
+    work = _latents if job.what == "latents" else _texts
+    findings, ending = work(job, prepared, plan)
+    code = report(findings) if job.verify else 0
+    if job.prune:
+        prune(folders_of(plan), findings, ending, dry_run=dry_run)
+    return code
+
+
+def _latents(job: Job, prepared: PreparedData, plan: Plan) -> tuple[list[Finding], tuple[str, ...]]:
+    from library.data.caches.slots import Recipe
+    from library.data.caches.upkeep import look_at_latents
+    from library.training.caching import cache_latents, latent_channels
+    from library.training.distributed import join_processes
+    from library.training.loading import load_model
+
+    options, processes = prepared.options, join_processes()
+    model = load_model(options, prepared.model, processes, with_unet=False, with_text_encoders=False)
+    if not (job.verify or job.prune):
+        cache_latents(options, plan, model, processes)
+        return [], ()
+    recipe = Recipe(
+        model.vae_id(),
+        str(model.vae_dtype).removeprefix("torch."),
+        latent_channels(model),
+        model.family.latents_kind,
+        options.caching.latent_sampling,
+    )
+    trust = options.caching.trust_foreign_caches == "yes"
+    found = look_at_latents(plan, recipe, trust_foreign=trust, threads=available_cores(), afresh=job.verify)
+    return found, endings(recipe.kind)
+
+
+def _texts(job: Job, prepared: PreparedData, plan: Plan) -> tuple[list[Finding], tuple[str, ...]]:
+    from library.data.caches.text import TextStore
+    from library.data.caches.upkeep import look_at_texts
+    from library.data.caption_plan import plan_captions
+    from library.training.distributed import join_processes
+    from library.training.loading import load_model
+    from library.training.text import caption_files
+
+    processes = join_processes()
+    model = load_model(prepared.options, prepared.model, processes, with_unet=False, with_vae=False)
+    captions = plan_captions(plan)
+    files = caption_files(captions, model)
+    if job.verify or job.prune:
+        return look_at_texts(files, threads=available_cores(), afresh=job.verify), TEXT_ENDINGS
+    if captions.varying:
+        console.say(f"text: captions of {len(captions.varying)} pictures vary, so that no file can hold them")
+    store = TextStore(model.encode_prompts, memo_bytes=0, files=files)
+    store.fill(
+        files.files,
+        threads=available_cores(),
+        rank=processes.rank,
+        world_size=processes.count,
+        wait=processes.wait,
+    )
+    console.say(f"text: {len(files.files)} captions in files, {store.encodings} encoded now")
+    return [], ()

@@ -1,0 +1,159 @@
+"""The tools that cache, verify and prune: with a real model, as a user runs them."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from library.data.caches import npz
+from tests.pictures import make_pictures
+from tests.programs import ROOT, environment
+
+Tool = Callable[..., int]
+
+
+def tool(name: str) -> Tool:
+    """The `main` of a script."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Seven pictures in a folder of sd-scripts' layout."""
+    return make_pictures(tmp_path / "data") / "2_thing"
+
+
+@pytest.fixture
+def flags(tiny_sd1: Path, data: Path) -> list[str]:
+    """What both tools and a training are given."""
+    bucketed = ["--enable_bucket", "--resolution", "64", "--min_bucket_reso", "32", "--max_bucket_reso", "128"]
+    more = ["--bucket_reso_steps", "32", "--caption_extension", ".txt"]
+    return ["--pretrained_model_name_or_path", str(tiny_sd1), "--train_data_dir", str(data.parent), *bucketed, *more]
+
+
+def files(folder: Path, ending: str) -> dict[str, int]:
+    found = {path.name: path.stat().st_mtime_ns for path in folder.glob(f"*{ending}")}
+    return {name: changed for name, changed in found.items() if name != ".lorasmith-index"}
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"), [("cache_latents", "_sd.npz"), ("cache_text_encoder_outputs", "_te_outputs.npz")]
+)
+def test_cache_verify_and_start_again(
+    data: Path, flags: list[str], capsys: pytest.CaptureFixture[str], name: str, ending: str
+) -> None:
+    main = tool(name)
+    assert main([*flags, "--verify"]) == 1
+    assert "7 files wanted: 7 missing" in capsys.readouterr().out
+    assert not files(data, ".npz")
+    assert main(flags) == 0
+    made = files(data, ending)
+    assert len(made) == 7
+    assert main([*flags, "--verify"]) == 0
+    assert "7 files wanted: 7 good" in capsys.readouterr().out
+    assert main(flags) == 0
+    assert files(data, ending) == made
+
+
+def test_latents_verified_and_pruned(data: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main = tool("cache_latents")
+    assert main(flags) == 0
+    made = sorted(files(data, "_sd.npz"))
+    held = npz.read(data / made[0])
+    npz.write(data / made[0], {**held, "latents": held["latents"] + 1})
+    (data / made[1]).write_bytes(b"hello")
+    Image.new("RGB", (96, 64), "red").resize(Image.open(data / "picture02.jpg").size).save(data / "picture02.jpg")
+    (data / "picture03.png").unlink()
+    np.savez(data / "picture03_0080x0080_other_sd.npz", latents=np.zeros(3))
+    shutil.copy(data / made[4], data / "elsewhere_sd.npz")
+    (data / ".old_sd.npz.7.tmp").write_bytes(b"half")
+    os.utime(data / ".old_sd.npz.7.tmp", (time.time() - 9999,) * 2)
+    before = files(data, "")
+    capsys.readouterr()
+    assert main([*flags, "--verify"]) == 1
+    told = capsys.readouterr().out
+    assert told.count(": damaged") == 2
+    assert told.count(": no longer fits") == 1
+    assert "6 files wanted: 3 good, 1 no longer fits, 2 damaged" in told
+    assert main([*flags, "--prune", "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("would delete") == 5
+    assert "5 files would go" in told
+    assert files(data, "") == before
+    assert main([*flags, "--prune"]) == 0
+    told = capsys.readouterr().out
+    gone = before.keys() - files(data, "").keys()
+    assert gone == {made[0], made[2], made[3], "elsewhere_sd.npz", ".old_sd.npz.7.tmp"}
+    assert all(str(data / name) in told for name in gone)
+    assert "5 files are gone, " in told
+    assert main(flags) == 0
+    assert main([*flags, "--verify"]) == 0
+
+
+def test_text_files_pruned_by_caption_and_picture(
+    data: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = tool("cache_text_encoder_outputs")
+    latents = tool("cache_latents")
+    assert main(flags) == 0
+    assert latents(flags) == 0
+    (data / "picture01.txt").write_text("something else")
+    (data / "picture02.jpg").unlink()
+    np.savez(data / "foreign_te_outputs.npz", hidden_state1=np.zeros(3))
+    assert main([*flags, "--prune"]) == 0
+    kept = files(data, "_te_outputs.npz")
+    assert kept.keys() == {f"picture{i:02d}_te_outputs.npz" for i in (0, 3, 4, 5, 6)} | {"foreign_te_outputs.npz"}
+    assert len(files(data, "_sd.npz")) == 7
+    assert "picture01_te_outputs.npz" in capsys.readouterr().out
+
+
+def test_latents_of_a_mask_and_of_the_posterior(data: Path, flags: list[str]) -> None:
+    main = tool("cache_latents")
+    assert main([*flags, "--alpha_mask", "--latent_sampling", "sample"]) == 0
+    held = npz.read(data / min(files(data, "_sd.npz")))
+    assert {"alpha_mask", "latents_logvar"} <= held.keys()
+    assert json.loads(str(held["lorasmith"]))["mask"] == "alpha"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--pretrained_model_name_or_path", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--train_data_dir", "nowhere"], "nowhere"),
+        (["--resolutoin", "64"], "--resolutoin"),
+    ],
+)
+def test_bad_input_is_named(flags: list[str], capsys: pytest.CaptureFixture[str], change: list[str], told: str) -> None:
+    assert tool("cache_latents")([*flags, *change]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_several_processes_share_the_work(data: Path, flags: list[str]) -> None:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--quiet", "--num_processes", "2"]
+    for name, ending in (("cache_latents", "_sd.npz"), ("cache_text_encoder_outputs", "_te_outputs.npz")):
+        process = subprocess.run(
+            [*launcher, "--main_process_port", "0", str(ROOT / "tools" / f"{name}.py"), *flags],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert process.returncode == 0, process.stderr
+        assert len(files(data, ending)) == 7
+        assert tool(name)([*flags, "--verify"]) == 0

@@ -1,0 +1,27 @@
+"""Cache the latents of a dataset's pictures beside them, before a training or on another machine.
+
+`python tools/cache_latents.py --pretrained_model_name_or_path MODEL --dataset_config DATA.toml`, with the
+flags of train_network.py. `--verify` judges every wanted file, `--prune` deletes ours that nothing wants any more.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 (`--verify` found files that can't be used), 2 (bad input), or 130."""
+    sys.path.insert(0, str(ROOT))
+    from library.training.cache_run import main as run
+
+    return run(
+        "latents",
+        sys.argv[1:] if argv is None else argv,
+        "Cache the latents of a dataset's pictures beside them, before a training or on another machine.",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
