@@ -71,8 +71,8 @@ def caching(given: argparse.Namespace, folder: Path) -> None:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    from library.data.caches.latents import LatentCache, to_unit_range
-    from library.data.pixels import read_picture
+    from library.data.caches.latents import LatentCache
+    from library.data.pixels import read_picture, unit_range
     from library.models.single_configs import packaged
 
     torch.set_num_threads(given.cores)
@@ -95,7 +95,7 @@ def caching(given: argparse.Namespace, folder: Path) -> None:
         for index in range(len(plan.records)):
             pixels(index)
 
-    made = [to_unit_range([pixels(i)]) for i in range(len(plan.records))]
+    made = [torch.from_numpy(unit_range([pixels(i)])) for i in range(len(plan.records))]
     batches = [torch.cat(made[start : start + given.batch]) for start in range(0, len(made), given.batch)]
 
     def vae_alone() -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from library.data.buckets import legacy_crop
 from library.data.caches import latent_files
-from library.data.caches.latents import LatentCache, LatentStore, to_unit_range
-from library.data.pixels import read_pixels
+from library.data.caches.latents import LatentCache, LatentStore
+from library.data.pixels import read_pixels, unit_range
 from library.data.plan import Plan, build_plan
 from library.data.sources import scan as sources
 from library.errors import UserError
@@ -59,7 +59,7 @@ def build(plan: Plan, *, to_disk: bool = True, **how: Any) -> tuple[LatentStore,
 def expected(plan: Plan, record: int, flip: bool) -> torch.Tensor:
     subset = plan.datasets[plan.records[record].dataset].spec.subsets[plan.records[record].subset]
     pixels = read_pixels(plan.records[record], plan.fits[record], flip=flip, interpolation=subset.resize_interpolation)
-    return encode(to_unit_range([pixels]))[0]
+    return encode(torch.from_numpy(unit_range([pixels])))[0]
 
 
 @pytest.fixture
@@ -414,6 +414,6 @@ def test_a_real_vae(folder: Path, make_spec: MakeSpec) -> None:
     store = LatentCache.build(plan, real, vae_id="real", to_disk=True, vae_batch_size=3)
     again = LatentCache.build(plan, encode, vae_id="real", to_disk=True)
     for record in range(5):
-        pixels = to_unit_range([read_pixels(plan.records[record], plan.fits[record], flip=True)])
+        pixels = torch.from_numpy(unit_range([read_pixels(plan.records[record], plan.fits[record], flip=True)]))
         assert torch.allclose(store.get(record, True), real(pixels)[0], atol=1e-4)
         assert torch.equal(store.get(record, True), again.get(record, True))

@@ -14,8 +14,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from library.data.caches import latents as cache
 from library.data.caches import npz
-from library.data.caches.latents import LatentCache, LatentStore, to_unit_range
-from library.data.pixels import read_pixels
+from library.data.caches.latents import LatentCache, LatentStore
+from library.data.pixels import read_pixels, unit_range
 from library.data.plan import Plan
 from library.errors import UserError
 from library.options.specs import DatasetSpec
@@ -60,7 +60,7 @@ def test_means_and_logvars(folder: Path, make_spec: MakeSpec, to_disk: bool) -> 
     assert store.channels == 4
     for i in range(5):
         for flip in (False, True):
-            expected = encode(to_unit_range([read_pixels(plan.records[i], plan.fits[i], flip=flip)]))[0]
+            expected = encode(torch.from_numpy(unit_range([read_pixels(plan.records[i], plan.fits[i], flip=flip)])))[0]
             logvar = store.logvar(i, flip)
             assert logvar is not None
             assert logvar.dtype == np.float32
@@ -115,7 +115,8 @@ def test_a_real_posterior(folder: Path, make_spec: MakeSpec) -> None:
     plan = plan_for(make_spec(folder))
     store = LatentCache.build(plan, moments, vae_id="v", to_disk=True, sampling="sample")
     with torch.no_grad():
-        expected = vae.encode(to_unit_range([read_pixels(plan.records[0], plan.fits[0])])[..., ::8, ::8]).latent_dist
+        pixels = torch.from_numpy(unit_range([read_pixels(plan.records[0], plan.fits[0])]))
+        expected = vae.encode(pixels[..., ::8, ::8]).latent_dist
     assert torch.allclose(torch.from_numpy(np.asarray(store.logvar(0, False))), expected.logvar[0], atol=1e-5)
 
 

@@ -20,7 +20,7 @@ from library.data.ahead import ahead
 from library.data.caches import latent_files
 from library.data.caches.latent_files import MASK, USABLE, Arrays, Hashes, Latents, Sampling, Trust, Verdict, entry_of
 from library.data.caches.slots import Files, Recipe, slots
-from library.data.pixels import Pixels, read_picture
+from library.data.pixels import Pixels, read_picture, unit_range
 from library.data.plan import Plan
 from library.data.sources.index import remember_damages
 from library.errors import Problem, UserError
@@ -39,18 +39,6 @@ NAN_ADVICE = "use another --vae, or leave the picture out"
 SHOWN = 10
 _SHARE_BYTES = 256 * 2**20
 _WRITERS = 4
-
-
-def to_unit_range(pixels: Sequence[Pixels]) -> torch.Tensor:
-    """uint8 (H, W, 3) pictures of one size -> float32 (b, 3, H, W) in [-1, 1].
-
-    By numpy, since each thread that calls torch would get a pool of threads of its own.
-    """
-    values = np.stack([picture.transpose(2, 0, 1) for picture in pixels]).astype(np.float32)
-    values /= np.float32(255)
-    values -= np.float32(0.5)
-    values /= np.float32(0.5)
-    return torch.from_numpy(values)
 
 
 @dataclass(frozen=True)
@@ -390,7 +378,7 @@ def _chunks(pictures: Iterable[_Picture | _Bad], size: int, note: Callable[[_Bad
 
 
 def _batch(chunk: list[_Picture]) -> tuple[list[_Picture], torch.Tensor]:
-    return chunk, to_unit_range([picture.pixels for picture in chunk])
+    return chunk, torch.from_numpy(unit_range([picture.pixels for picture in chunk]))
 
 
 def _is_damage(error: UserError) -> bool:
