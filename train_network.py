@@ -25,12 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    options = parse(arguments)
     first = os.environ.get("RANK", "0") == "0"
-    console.set_level(options.config.console_log_level or "INFO" if first else "ERROR")
-    from library.training.prepare import prepare
+    try:
+        options = parse(arguments)
+        console.set_level(options.config.console_log_level or "INFO" if first else "ERROR")
+        from library.training.prepare import prepare
 
-    prepared = prepare(options)
+        prepared = prepare(options)
+    except UserError as error:
+        return console.complain(error) if first else 2
     for line in prepared.notices:
         console.say(line)
     if options.config.dry_run:
@@ -58,7 +61,8 @@ def _run(arguments: Sequence[str]) -> int:
                 from library.training.session import train
             return train(prepared, arguments, hashes, interrupt, phases)
     except StoppedError as stop:
-        console.say("stopped before the first step; nothing was trained yet")
+        cached = "; what was cached to disk stays" if options.caching.cache_latents_to_disk else ""
+        console.say(f"stopped before the first step; nothing was trained yet{cached}")
         return stop.exit_code
 
 

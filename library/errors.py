@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,20 @@ class UserError(Exception):
         return cls([Problem(where, wrong, advice)])
 
 
+class DamagedPictureError(UserError):
+    """A picture can't be decoded: `path` is its file."""
+
+    def __init__(self, path: Path, why: object) -> None:
+        self.path, self.why = path, f"can't be decoded ({why})"
+        advice = "replace or remove it, or start again with --skip_bad_images"
+        super().__init__([Problem(str(path), self.why, advice)])
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean X?` for the known name nearest to `name`, or an empty text if none is near."""
     import difflib
 
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    listed = list(known)
+    longer = sorted((one for one in listed if len(name) > 4 and one.startswith(name)), key=len)
+    close = longer or difflib.get_close_matches(name, listed, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else ""

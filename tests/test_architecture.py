@@ -9,7 +9,10 @@ import pytest
 
 from tests.programs import ROOT, environment
 
-LEAVES = {f"library.{name}" for name in ("errors", "rng", "console", "tokenizer", "conditioning", "known_files")}
+LEAVES = {
+    f"library.{name}"
+    for name in ("errors", "rng", "console", "tokenizer", "conditioning", "known_files", "global_draws")
+}
 BELOW = {
     "options": set(),
     "data": {"options"},

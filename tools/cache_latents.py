@@ -1,7 +1,7 @@
 """Cache the latents of a dataset's pictures beside them, before a training or on another machine.
 
 `python tools/cache_latents.py --pretrained_model_name_or_path MODEL --dataset_config DATA.toml`, with the
-flags of train_network.py. `--verify` judges every wanted file, `--prune` deletes ours that nothing wants any more.
+flags of train_network.py. `--verify` judges every wanted file, `--prune` deletes ours that no run can use any more.
 """
 
 import sys

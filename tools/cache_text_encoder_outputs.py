@@ -1,7 +1,7 @@
 """Cache what the text encoders make of a dataset's captions beside its pictures.
 
 `python tools/cache_text_encoder_outputs.py --pretrained_model_name_or_path MODEL --dataset_config DATA.toml`, with the
-flags of train_network.py. `--verify` judges every wanted file, `--prune` deletes ours that nothing wants any more.
+flags of train_network.py. `--verify` judges every wanted file, `--prune` deletes ours that no run can use any more.
 """
 
 import sys

@@ -100,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             console.error(str(problem))
         return 2
+    except KeyboardInterrupt:
+        console.say("stopped; what was copied stays")
+        return 130
     return 0
 
 

@@ -74,7 +74,8 @@ def _color(seed: int, place: tuple[int, str, int]) -> ColorShift | None:
 def _around(
     face: Face, subset: SubsetSpec, fit: Fit, size: Size, seed: int, place: tuple[int, str, int]
 ) -> tuple[Size, tuple[int, int]]:
-    """Resized size and cut around a face. Source: sd-scripts' face crop.
+    """Resized size and cut around a face. Source: sd-scripts' face crop; it moves the cut by a share of the face's size
+    before scaling, this by one of its size in the picture that is cut.
 
     The bucket's shorter side is to be between the two numbers of the range times the face's longer one; pictures are
     never enlarged for that, only where they don't cover their bucket.

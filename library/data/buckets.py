@@ -225,7 +225,7 @@ def _shrink_only(size: Size, area: int, step: int) -> Fit:
         its_height = _floor(by_width / aspect, step)
         by_height = _floor(ideal_height, step)
         its_width = _floor(by_height * aspect, step)
-        if min(by_width, its_height, by_height, its_width) == 0:
+        if 0 in (its_height, by_height):
             raise ValueError(f"{width}x{height} is too narrow for buckets of {step} px")
         if abs(by_width / its_height - aspect) < abs(its_width / by_height - aspect):
             resized = (by_width, int(by_width / aspect + 0.5))

@@ -32,6 +32,7 @@ class CustomPlan(Plan):
 
     items: Any = None
     name: str = ""
+    max_token_length: int | None = None
 
     @cached_property
     def batches_per_epoch(self) -> int:
@@ -48,8 +49,10 @@ class CustomPlan(Plan):
         return rng(seed, "order", epoch, "batches").permutation(len(self.items))
 
     def fingerprint(self) -> str:
-        """A hash of the class and its length; its items aren't looked at."""
-        return hashlib.blake2b(f"{self.name}:{len(self.items)}".encode(), digest_size=16).hexdigest()
+        """A hash of the class, how it was made, and its length; its items aren't looked at."""
+        spec = self.datasets[0].spec
+        told = f"{self.name}:{len(self.items)}:{spec.resolution}:{spec.batch_size}:{self.max_token_length}"
+        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
 def load_custom(
@@ -83,4 +86,6 @@ def load_custom(
     if length < 1:
         raise UserError.single(where, f"{name} has no items", "each item is a batch")
     spec = DatasetSpec(batch_size, resolution or (vae_factor, vae_factor), (), where=where)
-    return CustomPlan((Dataset(spec, (), (), 0),), vae_factor, processes, items=made, name=name)
+    return CustomPlan(
+        (Dataset(spec, (), (), 0),), vae_factor, processes, items=made, name=name, max_token_length=max_token_length
+    )

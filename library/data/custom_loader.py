@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from library.data.ahead import ahead
 from library.data.custom import CustomPlan
 from library.data.loader import Batch
 from library.errors import UserError
+from library.global_draws import seed_global_generators
 
 
 class CustomLoader:
@@ -20,7 +20,8 @@ class CustomLoader:
     `alpha_masks` (b, H, W) in [0, 1], `original_sizes_hw`, `crop_top_lefts` and `target_sizes_hw` (b, 2) for SDXL,
     `network_multipliers` (one number for all) and `custom_attributes`, a list of mappings.
 
-    Items are made by one thread ahead, since nothing is known about the class. `set_current_epoch` is called if the
+    Items are made one after the other in the thread that asks, with the global generators seeded by their place in the
+    run, so that the same item comes in every process and after every resume. `set_current_epoch` is called if the
     dataset has it.
     """
 
@@ -36,32 +37,36 @@ class CustomLoader:
         order = self.plan.order(self.seed, epoch)
         if hasattr(self.plan.items, "set_current_epoch"):
             self.plan.items.set_current_epoch(epoch)
-
-        def make(index: int) -> Batch:
-            return self._make(epoch, index, int(order[index]))
-
-        return ahead(make, range(start, len(order)), threads=1, depth=2)
+        for index in range(start, len(order)):
+            seed_global_generators(self.seed, "item", epoch, index)
+            place = f"{self.plan.name}[{int(order[index])}]"
+            try:
+                batch = self._make(epoch, index, self.plan.items[int(order[index])], place)
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError.single(place, f"{type(error).__name__}: {error}", "mend the class") from error
+            yield batch
 
     def close(self) -> None:
         """Nothing is kept between epochs."""
 
-    def _make(self, epoch: int, index: int, number: int) -> Batch:
-        item = self.plan.items[number]
-        place = f"{self.plan.name}[{number}]"
-        if not isinstance(item, Mapping) or not item.get("captions"):
+    def _make(self, epoch: int, index: int, item: Any, place: str) -> Batch:
+        if not isinstance(item, Mapping) or item.get("captions") is None or len(item["captions"]) == 0:
             raise UserError.single(place, "is no mapping with captions", "give `captions`, one text for each picture")
         captions = tuple(map(str, item["captions"]))
         latents, pixels = _tensor(item, "latents"), _tensor(item, "images")
         shown = latents if latents is not None else pixels
-        if shown is None or shown.ndim != 4 or len(shown) != len(captions):
-            wrong = f"needs images (b, 3, H, W) or latents (b, c, h, w) for its {len(captions)} captions"
-            raise UserError.single(place, wrong)
+        if shown is None or shown.ndim != 4:
+            raise UserError.single(place, "needs images (b, 3, H, W) or latents (b, c, h, w)")
+        attributes: Sequence[Mapping[str, Any]] = item.get("custom_attributes") or [{}] * len(captions)
+        self._check_lengths(item, shown, attributes, len(captions), place)
         factor = self.plan.vae_factor
         height, width = (side * (factor if latents is not None else 1) for side in shown.shape[2:])
+        if height % factor or width % factor:
+            raise UserError.single(place, f"its images are {width}x{height}", f"sides must be multiples of {factor}")
         mine = list(range(self.rank, len(captions), self.world_size))
-        attributes: Sequence[Mapping[str, Any]] = item.get("custom_attributes") or [{}] * len(captions)
         weights = _tensor(item, "loss_weights")
-        multiplier = _tensor(item, "network_multipliers")
         return Batch(
             epoch=epoch,
             index=index,
@@ -75,9 +80,23 @@ class CustomLoader:
             latents=None if latents is None else latents[mine],
             pixels=None if latents is not None or pixels is None else pixels[mine],
             masks=_masks(item, (height // factor, width // factor), mine),
-            multiplier=1.0 if multiplier is None else float(multiplier.flatten()[0]),
+            multiplier=_multiplier(item, place),
             custom_attributes=tuple(attributes[i] for i in mine),
         )
+
+    @staticmethod
+    def _check_lengths(
+        item: Mapping[str, Any], shown: torch.Tensor, attributes: Sequence[object], count: int, place: str
+    ) -> None:
+        """Everything that belongs to pictures comes once for each caption."""
+        lengths = {"images or latents": len(shown), "custom_attributes": len(attributes)}
+        for name in ("loss_weights", "alpha_masks", "original_sizes_hw", "crop_top_lefts", "target_sizes_hw"):
+            tensor = _tensor(item, name)
+            if tensor is not None:
+                lengths[name] = len(tensor)
+        wrong = [f"{length} {name}" for name, length in lengths.items() if length != count]
+        if wrong:
+            raise UserError.single(place, f"has {count} captions, but {', '.join(wrong)}", "give one for each caption")
 
     @staticmethod
     def _sizes(item: Mapping[str, Any], count: int, size: tuple[int, int]) -> torch.Tensor:
@@ -93,7 +112,20 @@ class CustomLoader:
 def _tensor(item: Mapping[str, Any], name: str) -> torch.Tensor | None:
     """An entry as float32; None where it is missing or None."""
     value = item.get(name)
-    return None if value is None else torch.as_tensor(np.asarray(value), dtype=torch.float32)
+    if value is None:
+        return None
+    return (value if isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))).detach().cpu().float()
+
+
+def _multiplier(item: Mapping[str, Any], place: str) -> float:
+    """The strength of the network; all samples of an item have the same."""
+    given = _tensor(item, "network_multipliers")
+    if given is None:
+        return 1.0
+    values = given.flatten().unique()
+    if len(values) != 1:
+        raise UserError.single(place, "its network_multipliers differ", "give all samples of an item the same")
+    return float(values[0])
 
 
 def _masks(item: Mapping[str, Any], size: tuple[int, int], mine: Sequence[int]) -> torch.Tensor | None:

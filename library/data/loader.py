@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from library.data.ahead import ahead
 from library.data.buckets import Size
 from library.data.caches.latents import LatentStore
-from library.data.pixels import unit_range
+from library.data.pixels import Picture, unit_range
 from library.data.plan import GlobalBatch, Plan
 from library.data.samples import Samples, Shown
 from library.data.sizes import estimated, exact
+from library.data.sources.index import remember_damages
+from library.errors import DamagedPictureError
 from library.rng import rng
 
 
@@ -216,7 +218,7 @@ class Loader:
         """Latents or pixels, and the masks of the bucket's pixels, None for samples without one."""
         store = self.latents
         if store is None:
-            pictures = [self._samples.picture(one) for one in shown]
+            pictures = self._pictures(shown)
             masks: list[NDArray[Any] | None] = [picture.mask for picture in pictures]
             if not pictures:
                 return None, torch.empty((0, 3, bucket[1], bucket[0])), masks
@@ -226,6 +228,14 @@ class Loader:
             return torch.empty((0, store.channels, *self._cells(bucket))), None, masks
         means = [store.array(one.number, one.augmentation.flip) for one in shown]
         return torch.from_numpy(np.stack(means)), None, masks
+
+    def _pictures(self, shown: Sequence[Shown]) -> list[Picture]:
+        """The decoded samples; a damaged one is remembered for the next scan."""
+        try:
+            return [self._samples.picture(one) for one in shown]
+        except DamagedPictureError as error:
+            remember_damages({error.path: error.why})
+            raise
 
     def _logvars(self, store: LatentStore, shown: Sequence[Shown]) -> torch.Tensor | None:
         """The logarithms of the variances around cached latents, where latents are drawn."""

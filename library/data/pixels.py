@@ -20,7 +20,7 @@ from library.data.buckets import Fit, Size
 from library.data.records import ImageRecord
 from library.data.sources.fast_headers import ORIENTATION_TAG
 from library.data.sources.images import BROKEN_HEADER, open_image
-from library.errors import UserError
+from library.errors import DamagedPictureError, UserError
 from library.options.specs import SubsetSpec
 
 Pixels = NDArray[np.uint8]
@@ -196,7 +196,9 @@ def _read(path: Path, take: Callable[[Image.Image], Taken]) -> Taken:
         with path.open("rb") as file, open_image(file) as image:
             return take(image)
     except _UNREADABLE as error:
-        raise UserError.single(str(path), f"can't be decoded ({error})", "replace or remove it") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError.single(str(path), f"can't be read ({error.strerror})", "replace or remove it") from error
+        raise DamagedPictureError(path, error) from error
 
 
 def _first_channel(image: Image.Image) -> Mask:

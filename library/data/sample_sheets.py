@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from library.data.ahead import ahead
 from library.data.pixels import Picture
@@ -15,6 +15,7 @@ from library.data.samples import Samples, Shown
 from library.data.sheet import CELL, Cell, draw_sheet, wrapped, write_png
 
 COLUMNS = 6
+FRAME = 1
 PER_PAGE = 24
 PAGES = 10
 CAPTION_LINES = 8
@@ -70,10 +71,11 @@ def _chunks(cells: Iterator[Cell], length: int) -> Iterator[list[Cell]]:
 
 def _cell(shown: Shown, picture: Picture, index: int) -> Cell:
     seen = [Image.fromarray(picture.pixels)]
+    seen[0].thumbnail((CELL, CELL))
     if picture.mask is not None:
-        seen.append(Image.fromarray(np.asarray(picture.mask)).convert("RGB"))
-    for image in seen:
-        image.thumbnail((CELL, CELL))
+        mask = Image.fromarray(np.asarray(picture.mask)).convert("RGB")
+        mask.thumbnail((CELL, CELL))
+        seen.append(ImageOps.expand(ImageOps.crop(mask, FRAME), FRAME, "grey"))
     width = max(CELL, sum(image.width for image in seen))
     joined = Image.new("RGB", (width, seen[0].height), "white")
     for number, image in enumerate(seen):
@@ -94,5 +96,7 @@ def _facts(shown: Shown, index: int) -> Iterator[str]:
         changes.append(f"{drawn.color.kind} {drawn.color.amount:.3g}")
     if changes:
         yield ", ".join(changes)
+    if shown.wants_mask:
+        yield f"mask: {shown.record.mask or 'alpha channel'}"
     if shown.record.is_reg:
         yield f"regularization, loss weight {shown.loss_weight:g}"

@@ -1,5 +1,6 @@
 """Contact sheets: pictures in a grid with lines of text over them. For looking at, not for training. No torch."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +10,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 CELL = 256
 """The longest side of a picture on a sheet, in pixels."""
-_FONT_SIZE, _LINE, _GAP = 12, 15, 6
+_FONT_SIZE, _LINE, _GAP = 12, 16, 8
+_FONTS = (
+    *("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "LiberationSans-Regular.ttf"),
+    *("Arial Unicode.ttf", "msyh.ttc", "Arial.ttf", "arial.ttf"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,10 @@ def _drawable(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A font of the system that has most letters, else the one that comes with Pillow, which has few."""
+    for name in _FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, _FONT_SIZE)
     return ImageFont.load_default(_FONT_SIZE)
 
 

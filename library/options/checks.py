@@ -14,7 +14,7 @@ from typing import Any
 from library.errors import Problem, nearest
 from library.options import modules, values
 from library.options.flags import Flag
-from library.options.registry import Options
+from library.options.registry import FLAGS, Options
 
 _OPTIMIZERS = [
     "Lion",
@@ -58,6 +58,14 @@ NEEDS: Mapping[str, str] = {
 }
 """The flags that a training needs, and what to do where one is missing."""
 _PICTURES = ("train_data_dir", "dataset_config", "in_json", "dataset_class")
+_NOT_WITH_A_CLASS = (
+    *("dataset_config", "in_json", "train_data_dir", "reg_data_dir", "cache_latents", "latent_sampling"),
+    *("cache_text_encoder_outputs", "validation_split", "debug_dataset"),
+)
+_OF_A_CLASS = (
+    *("dataset_class", "resolution", "train_batch_size", "weighted_captions", "persistent_data_loader_workers"),
+    *("exact_crop_conditioning", "max_data_loader_n_workers"),
+)
 _PROMPT_FILES = (".txt", ".toml", ".json")
 
 
@@ -265,8 +273,8 @@ def _dataset_class(options: Options) -> Iterator[Problem]:
     where = options.where("dataset_class")
     if "." not in given or not all(part.isidentifier() for part in given.split(".")):
         yield Problem(where, f"{given} is no package.module.Class")
-    for name in ("dataset_config", "in_json", "cache_latents", "validation_split", "debug_dataset"):
-        if options.value(name):
+    for name in _NOT_WITH_A_CLASS:
+        if options.value(name) != FLAGS[name].default:
             yield Problem(options.where(name), "can't be used with --dataset_class", "leave out one of the two")
 
 
@@ -276,6 +284,10 @@ def _notices(options: Options) -> Iterator[str]:
         yield f"{options.where('lr_warmup_steps')}: {warmup} steps of warmup are more than all {steps} steps"
     if options.training.max_train_epochs is not None and "max_train_steps" in options.explicit:
         yield f"{options.where('max_train_steps')}: has no effect, because max_train_epochs counts"
+    if options.dataset.dataset_class is not None:
+        for name in sorted(options.explicit):
+            if FLAGS[name].group == "dataset" and name not in (*_OF_A_CLASS, *_NOT_WITH_A_CLASS):
+                yield f"{options.where(name)}: has no effect with --dataset_class, which gives ready batches"
     if options.network.dim_from_weights and options.network.network_dim is not None:
         yield f"{options.where('network_dim')}: has no effect, because dim_from_weights counts"
     if options.output.save_n_epoch_ratio and options.output.save_every_n_epochs:

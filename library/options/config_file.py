@@ -84,6 +84,8 @@ def read_config(path: Path) -> FromFile:
             result.places[name] = where
         elif name in foreign.FOREIGN or name in _NEVER_WRITTEN:
             ignored.append(name)
+        elif name == "datasets":
+            result.problems.append(Problem(where, "this is a dataset file", "give it with --dataset_config"))
         else:
             advice = nearest(name, FLAGS) or "see --help"
             if name in LORA_ARGS or name in LORA_REFUSED:

@@ -99,7 +99,9 @@ class Dataset(Group):
     max_crop_loss: float | None = honoured(
         None, "name pictures of which more than this fraction is cropped away", ge=0, le=1
     )
-    skip_small_images: bool = honoured(False, "leave out pictures that are too small for a bucket")
+    skip_small_images: bool = honoured(
+        False, "with --bucket_no_upscale, leave out pictures that are too small for a bucket"
+    )
     skip_bad_images: bool = honoured(False, "leave out pictures that can't be read")
     verify_images: bool = honoured(False, "decode every picture before anything else, to find damaged ones")
     keep_in_memory: bool = honoured(False, "keep decoded pictures in memory; for runs without cached latents")
@@ -116,7 +118,7 @@ class Dataset(Group):
     )
     validation_split: float = honoured(0.0, "fraction of the pictures that is held out for validation", ge=0, le=1)
     validation_seed: int | None = honoured(
-        None, "seed of the split and of validation's noise (default: --seed, else 0)", ge=0
+        None, "seed of the split and of validation's noise, whatever --seed is (default: 0)", ge=0
     )
     validate_every_n_steps: int | None = honoured(None, "steps between validations", ge=1)
     validate_every_n_epochs: int | None = honoured(None, "epochs between validations (default: 1)", ge=1)

@@ -59,7 +59,7 @@ def add_dataset(
         aspect_buckets=buckets,
         bucket_choice=lookup["bucket_choice"],
         network_multiplier=lookup["network_multiplier"],
-        split_seed=(lookup.options.training.seed or 0) if seed is None else seed,
+        split_seed=0 if seed is None else seed,
     )
     for size, place in zip(sizes, places, strict=True):
         low, high = lookup["min_bucket_reso"], lookup["max_bucket_reso"]
@@ -82,6 +82,10 @@ def _aspect_buckets(lookup: Lookup, found: Datasets) -> AspectBuckets | None:
     if lookup["bucket_no_upscale"]:
         wrong = "has no effect with aspect_ratio_buckets"
         found.problems.append(Problem(lookup.where("bucket_no_upscale"), wrong, "leave out one of the two"))
+    for name in ("resolution", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"):
+        place = lookup.where(name)
+        if any(name in table.values for table in lookup.tables) or name in lookup.options.explicit:
+            found.notices.append(f"{place}: has no effect on buckets, aspect_ratio_buckets counts")
     return AspectBuckets(*numbers)
 
 

@@ -5,6 +5,7 @@ Pictures are not looked for here (data.sources.scan), only their folders and fil
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from library.options.registry import Options
 from library.options.specs import Columns, DatasetSpec, HubDataset, SubsetSpec
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
+_COLUMNS = ("image_column", "caption_column", "mask_column")
+_ONLY_HUB = ("dataset_config_name", "hf_cache_dir")
+_ONLY_FOLDERS = ("caption_extension", "caption_from", "recursive")
+_UNUSED = {
+    "folder": (*_COLUMNS, *_ONLY_HUB),
+    "metadata": (*_COLUMNS, *_ONLY_HUB, *_ONLY_FOLDERS),
+    "jsonl": (*_ONLY_HUB, *_ONLY_FOLDERS),
+    "hub": _ONLY_FOLDERS,
+}
+"""Keys that mean nothing to a kind of source."""
 _KINDS = {"metadata_file": "metadata", "jsonl_path": "jsonl", "dataset_name": "hub"}
 _TITLES = {
     "folder": "a folder",
@@ -95,8 +106,13 @@ def _subset_of_table(lookup: Lookup, table: Table, found: Datasets) -> SubsetSpe
     problems = list(subset_specs.problems(lookup, table.where))
     source = _source(lookup, table, problems)
     found.problems += problems
+    found.notices += subset_specs.notices(lookup)
     if source is None:
         return None
+    kind = source.get("source", "folder")
+    for name in _UNUSED[kind]:
+        if name in table.values:
+            found.notices.append(f"{table.places[name]}: has no effect, pictures come from {_TITLES[kind]}")
     if lookup["num_repeats"] < 1:
         what = source["where"]
         found.notices.append(f"{what}: left out, because it is repeated {lookup['num_repeats']} times")
@@ -129,7 +145,8 @@ def _source(lookup: Lookup, table: Table, problems: list[Problem]) -> dict[str, 
     columns = Columns(lookup["image_column"], lookup["caption_column"], lookup["mask_column"])
     if name == "dataset_name":
         hub = HubDataset(value, lookup["dataset_config_name"], lookup["hf_cache_dir"])
-        return {"image_dir": _export_folder(hub), "source": "hub", "hub": hub, "columns": columns, "where": where}
+        place = _export_folder(hub, columns, masks=lookup.options.dataset.masked_loss)
+        return {"image_dir": place, "source": "hub", "hub": hub, "columns": columns, "where": where}
     problems += _metadata_problems(value, where, jsonl=name == "jsonl_path")
     if problems:
         return None
@@ -147,11 +164,14 @@ def _metadata_problems(path: Path, where: str, *, jsonl: bool) -> Iterator[Probl
         yield Problem(where, f"{path} is no {' or '.join(wanted)} file")
 
 
-def _export_folder(hub: HubDataset) -> Path:
-    """Where the pictures of a Hugging Face dataset are kept as files."""
+def _export_folder(hub: HubDataset, columns: Columns, *, masks: bool) -> Path:
+    """Where the pictures of a Hugging Face dataset are kept as files: one folder for each choice of their columns."""
     name = "".join(letter if letter.isalnum() else "_" for letter in hub.name)[-60:]
     local = Path(hub.name)
-    told = f"{local.resolve() if local.exists() else hub.name}\0{hub.config}"
+    told = "\0".join(
+        [str(local.resolve() if local.exists() else hub.name), str(hub.config), columns.image]
+        + [columns.mask] * masks
+    )  # fmt: skip
     return cache_folder() / "lorasmith" / "datasets" / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
@@ -209,7 +229,8 @@ def _folders(lookup: Lookup, parent: Path, flag: str, is_reg: bool, found: Datas
             other.append(folder.name)
             continue
         source = {"image_dir": folder, "num_repeats": repeats, "is_reg": is_reg, "where": str(folder)}
-        subsets.append(subset_specs.subset_spec(lookup, subject=class_tokens, **source))
+        subset = subset_specs.subset_spec(lookup, subject=class_tokens, **source)
+        subsets.append(replace(subset, mask_dir=None) if is_reg else subset)
     if other and subsets:
         found.notices.append(f"{parent}: ignored, because they aren't named like 10_name: {_some(other)}")
     loose = sum(entry.suffix.lower() in _PICTURES for entry in entries)

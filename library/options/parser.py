@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from library.errors import Problem, UserError, nearest
 from library.options import values
+from library.options.dataset_schema import KEYS
 from library.options.flags import Flag
 from library.options.foreign import FOREIGN
 from library.options.registry import FLAGS, GROUPS
@@ -87,6 +88,8 @@ def _unknown(extras: Sequence[str], argv: Sequence[str]) -> list[Problem]:
             name = word.split("=", 1)[0]
             if name.lstrip("-") in FOREIGN:
                 advice = f"it belongs to {FOREIGN[name.lstrip('-')]}"
+            elif name.lstrip("-") in KEYS:
+                advice = f"it is a key of the file of --dataset_config, in {KEYS[name.lstrip('-')].title()}"
             else:
                 advice = nearest(name, [flag.option for flag in FLAGS.values()]) or "see --help"
             problems.append(Problem(name, "unknown option", advice))

@@ -9,6 +9,8 @@ SourceKind = Literal["folder", "metadata", "jsonl", "hub"]
 """Where a subset's pictures and captions are listed: a folder, sd-scripts' metadata file, a JSONL file with columns
 (invoke-training), or a Hugging Face dataset."""
 CaptionFrom = Literal["file", "filename", "class_tokens"]
+PRESERVE = "diff_output_preservation"
+"""The custom attribute of samples for which the network is to change nothing."""
 BucketChoice = Literal["ratio", "log_ratio"]
 
 

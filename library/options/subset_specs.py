@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from library.errors import Problem
+from library.errors import Problem, nearest
 from library.options.lookup import Lookup
-from library.options.specs import CaptionSpec, SubsetSpec
+from library.options.specs import PRESERVE, CaptionSpec, SubsetSpec
 from library.options.templates import PRESETS
 
 _NOT_CACHED = ("random_crop", "color_aug", "face_crop_aug_range")
@@ -71,6 +71,9 @@ def problems(lookup: Lookup, where: str) -> Iterator[Problem]:
             if lookup[name]:
                 wrong = f"{name} can't be used with cached latents"
                 yield Problem(lookup.where(name), wrong, "leave out one of the two")
+    kept = _attributes(lookup).get(PRESERVE)
+    if not isinstance(kept, bool | None):
+        yield Problem(lookup.where("custom_attributes"), f"{PRESERVE} is {kept!r}", "write true or false")
     if lookup["caption_separator"] == "":
         yield Problem(lookup.where("caption_separator"), "is empty", 'tags need something between them, such as ","')
     yield from _templates(lookup)
@@ -85,6 +88,13 @@ def problems(lookup: Lookup, where: str) -> Iterator[Problem]:
         yield Problem(lookup.where("conditioning_data_dir"), wrong, "add --masked_loss, or leave them out")
     elif not masks.is_dir():
         yield Problem(lookup.where("conditioning_data_dir"), f"there is no folder {masks}")
+
+
+def notices(lookup: Lookup) -> Iterator[str]:
+    """Lines about values that may not be what the user meant."""
+    for name in _attributes(lookup):
+        if name != PRESERVE and nearest(name, [PRESERVE]):
+            yield f"{lookup.where('custom_attributes')}: {name} is handed on, but means nothing here; {PRESERVE} would"
 
 
 def _templates(lookup: Lookup) -> Iterator[Problem]:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from library.errors import UserError
+from library.global_draws import seed_global_generators
 from library.models.model import Model
-from library.training.loop import seed_foreign_generators
-from library.training.prepare import Prepared
+from library.training.prepare import Prepared, needs_strength
 from library.training.trainable import ForeignTrainable, NetworkTrainable
 from networks import foreign
 from networks.facade import text_encoder_facade, unet_facade
@@ -38,6 +38,9 @@ def attach_network(prepared: Prepared, model: Model, device: torch.device) -> Ne
         model.enable_gradient_checkpointing()
         trainable.enable_gradient_checkpointing()
     trainable.prepare()
+    if needs_strength(prepared.plan):
+        trainable.set_multiplier(0.0)
+        trainable.set_multiplier(1.0)
     return trainable
 
 
@@ -46,7 +49,7 @@ def _create(prepared: Prepared, model: Model, unet: Any, text_encoder: Any, own:
     options = prepared.options.network
     name = str(options.network_module)
     module = foreign.load(name)
-    seed_foreign_generators(prepared.seed, -1)
+    seed_global_generators(prepared.seed, -1)
     given = foreign.arguments(name, prepared.options.network_arguments())
     arguments: dict[str, Any] = {"dropout": options.network_dropout, **given}
     if own:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from library import console
-from library.data.caches.upkeep import TEXT_ENDINGS, Finding, endings, folders_of, prune, report
+from library.data.caches.upkeep import TEXT_ENDINGS, Finding, endings, prune, report
 from library.data.plan import Plan
 from library.errors import UserError
 from library.options import Options, parse
@@ -28,11 +28,21 @@ _FLAGS: dict[What, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What to do with the caches of a kind; without `verify` or `prune` they are made."""
+    """What to do with the caches of a kind; without `verify`, `prune` or `dry_run` they are made.
+
+    `others`: prune also what only this command line doesn't want.
+    """
 
     what: What
     verify: bool
     prune: bool
+    others: bool
+    dry_run: bool
+
+    @property
+    def makes(self) -> bool:
+        """Whether caches are made."""
+        return not (self.verify or self.prune or self.dry_run)
 
 
 def main(what: What, arguments: Sequence[str], description: str) -> int:
@@ -43,13 +53,24 @@ def main(what: What, arguments: Sequence[str], description: str) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="read and judge every file that is wanted; change nothing"
     )
-    parser.add_argument("--prune", action="store_true", help="delete our files that no picture wants any more")
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="delete files of lorasmith that no run can use any more: those of pictures that are gone or have changed, "
+        "damaged ones, and temporary ones that were left. Files for other resolutions, models or captions of pictures "
+        "that are there stay, and so do those of pictures that can't be read",
+    )
+    parser.add_argument(
+        "--prune_others",
+        action="store_true",
+        help="with that, delete all other files of lorasmith, too, that a training with these very flags would not use",
+    )
     parser.add_argument("--dry_run", action="store_true", help="only say what would be made, or deleted")
     own, rest = parser.parse_known_args(arguments)
     console.prepare_streams()
-    job = Job(what, own.verify or (own.dry_run and not own.prune), own.prune)
+    job = Job(what, own.verify, own.prune or own.prune_others, own.prune_others, own.dry_run)
     try:
-        return _run(job, parse([*rest, *_FLAGS[what]], _NEEDS), dry_run=own.dry_run)
+        return _run(job, parse([*rest, *_FLAGS[what]], _NEEDS))
     except UserError as error:
         return console.complain(error)
     except KeyboardInterrupt:
@@ -57,22 +78,22 @@ def main(what: What, arguments: Sequence[str], description: str) -> int:
         return 130
 
 
-def _run(job: Job, options: Options, *, dry_run: bool) -> int:
+def _run(job: Job, options: Options) -> int:
     first = os.environ.get("RANK", "0") == "0"
     console.set_level(options.config.console_log_level or "INFO" if first else "ERROR")
     prepared = prepare_caching(options)
     for line in prepared.notices:
         console.say(line)
-    if (job.verify or job.prune) and not first:
+    if not (job.makes or first):
         return 0
     prepare_cpu_threads()
     plan = prepared.data.everything
     work = _latents if job.what == "latents" else _texts
     findings, ending = work(job, prepared, plan)
-    code = report(findings) if job.verify else 0
+    code = report(findings) if job.verify or not (job.makes or job.prune) else 0
     if job.prune:
-        prune(folders_of(plan), findings, ending, dry_run=dry_run)
-    return code
+        prune(plan, findings, ending, others=job.others, dry_run=job.dry_run)
+    return code if job.verify else 0
 
 
 def _latents(job: Job, prepared: PreparedData, plan: Plan) -> tuple[list[Finding], tuple[str, ...]]:
@@ -84,7 +105,7 @@ def _latents(job: Job, prepared: PreparedData, plan: Plan) -> tuple[list[Finding
 
     options, processes = prepared.options, join_processes()
     model = load_model(options, prepared.model, processes, with_unet=False, with_text_encoders=False)
-    if not (job.verify or job.prune):
+    if job.makes:
         cache_latents(options, plan, model, processes)
         return [], ()
     recipe = Recipe(
@@ -111,10 +132,10 @@ def _texts(job: Job, prepared: PreparedData, plan: Plan) -> tuple[list[Finding],
     model = load_model(prepared.options, prepared.model, processes, with_unet=False, with_vae=False)
     captions = plan_captions(plan)
     files = caption_files(captions, model)
-    if job.verify or job.prune:
-        return look_at_texts(files, threads=available_cores(), afresh=job.verify), TEXT_ENDINGS
     if captions.varying:
         console.say(f"text: captions of {len(captions.varying)} pictures vary, so that no file can hold them")
+    if not job.makes:
+        return look_at_texts(files, threads=available_cores(), afresh=job.verify), TEXT_ENDINGS
     store = TextStore(model.encode_prompts, memo_bytes=0, files=files)
     store.fill(
         files.files,

@@ -13,12 +13,11 @@ from library.console import error
 from library.data.caches.latents import NAN_ADVICE, NAN_LATENTS
 from library.data.loader import Batch
 from library.errors import Problem, UserError
+from library.options.specs import PRESERVE
 from library.training.distributed import Processes
 from library.training.objective import Coordinates, NoiseSettings, Objective, draw_noise, draw_timesteps
 from library.training.trainable import Trainable
 
-PRESERVE = "diff_output_preservation"
-"""The custom attribute of samples for which the network is to change nothing."""
 _LOGVAR_LIMITS = (-30.0, 20.0)
 """Between these the VAEs of diffusers keep the logarithm of a variance."""
 

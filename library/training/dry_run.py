@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from library.data import report
+from library.data.custom import CustomPlan
+from library.data.plan import Plan
 from library.models.lora_targets import parameter_count, ranked, targets
 from library.models.weighted import fragments
 from library.tokenizer import WORDS
 from library.training.prepare import Prepared
 from library.training.state import SUFFIX
-from library.training.steps import Clock, SavePlan
+from library.training.steps import VALIDATION_TIMESTEPS, Clock, SavePlan
 from library.training.text_use import text_use
 from networks.lora_args import parse
 
@@ -18,8 +20,46 @@ SHOWN = 6
 
 def show(prepared: Prepared) -> None:
     """Print the tables of data, steps, files and network."""
-    options, plan, clock = prepared.options, prepared.plan, prepared.clock
+    plan, clock = prepared.plan, prepared.clock
     report.line(prepared.model.line)
+    if isinstance(plan, CustomPlan):
+        report.line(
+            f"--dataset_class {plan.name}: {len(plan.items)} items, each a batch; what they hold isn't looked at"
+        )
+    else:
+        _show_data(prepared)
+    report.steps_table(
+        samples=plan.samples_per_epoch,
+        batches=clock.batches_per_epoch,
+        accumulation=clock.accumulation,
+        updates_per_epoch=clock.updates_per_epoch,
+        epochs=clock.epochs,
+        steps=clock.total_updates,
+        global_batch="+".join(
+            str(plan.global_batch_size(number))
+            for number, dataset in enumerate(plan.datasets)
+            if dataset.records or isinstance(plan, CustomPlan)
+        ),
+    )
+    if prepared.data.held_out is not None:
+        _show_validation(prepared, prepared.data.held_out)
+    report.saves_table(_save_rows(prepared))
+    report.network_table(_network_rows(prepared))
+
+
+def _show_validation(prepared: Prepared, held_out: Plan) -> None:
+    """When held-out pictures are looked at, and how much that is."""
+    clock, wanted = prepared.clock, prepared.options.dataset.max_validation_steps
+    batches = min(held_out.batches_per_epoch, wanted or held_out.batches_per_epoch)
+    passes = sum(bool(prepared.validations.due(done, clock)) for done in range(clock.total_updates + 1))
+    report.line(
+        f"validation: {held_out.samples_per_epoch:,} pictures held out; {passes:,} passes of {batches:,} batches, "
+        f"each at {VALIDATION_TIMESTEPS} timesteps"
+    )
+
+
+def _show_data(prepared: Prepared) -> None:
+    options, plan, clock = prepared.options, prepared.plan, prepared.clock
     report.show_data(
         prepared.scan,
         plan,
@@ -31,17 +71,6 @@ def show(prepared: Prepared) -> None:
         accumulation=clock.accumulation,
         total_steps=clock.total_updates,
     )
-    report.steps_table(
-        samples=plan.samples_per_epoch,
-        batches=clock.batches_per_epoch,
-        accumulation=clock.accumulation,
-        updates_per_epoch=clock.updates_per_epoch,
-        epochs=clock.epochs,
-        steps=clock.total_updates,
-        global_batch="+".join(str(plan.global_batch_size(number)) for number in range(len(plan.datasets))),
-    )
-    report.saves_table(_save_rows(prepared))
-    report.network_table(_network_rows(prepared))
 
 
 def write_samples(prepared: Prepared) -> None:

@@ -3,8 +3,7 @@
 Saves, previews and logging are due or not due after an update. Nothing about files, flags or families stands here.
 """
 
-import random
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +12,8 @@ import torch
 
 from library.console import bar, say, warn
 from library.data.loader import Batch
-from library.rng import rng
+from library.errors import UserError
+from library.global_draws import seed_global_generators
 from library.training.denoising import Denoising
 from library.training.interrupt import Interrupt
 from library.training.objective import Coordinates, draw_timesteps
@@ -59,14 +59,6 @@ class Events:
     validate: Callable[[], float] | None
 
 
-def seed_foreign_generators(seed: int, micro_step: int) -> None:
-    """Seed the global generators of python, numpy and torch, from which code that isn't ours draws."""
-    value = int(rng(seed, "foreign", micro_step).integers(2**32))
-    random.seed(value)
-    np.random.seed(value)
-    torch.manual_seed(value)
-
-
 class Loop:
     """State of a run that lives from update to update; `run` goes on until the end or until told to stop."""
 
@@ -105,7 +97,7 @@ class Loop:
                 epoch, index = clock.position(self.updates_done)
                 self.trainable.before_epoch()
                 group: list[Batch] = []
-                for batch in self.loader.epoch(epoch, index):
+                for batch in self._batches(epoch, index):
                     group.append(batch)
                     if not clock.ends_update(batch.index):
                         continue
@@ -118,6 +110,16 @@ class Loop:
                     if self.updates_done >= clock.total_updates:
                         break
         return 0
+
+    def _batches(self, epoch: int, index: int) -> Iterator[Batch]:
+        """The loader's batches. Where it can't go on, weights and state are saved as after a stop."""
+        try:
+            yield from self.loader.epoch(epoch, index)
+        except UserError:
+            if self.updates_done and self.processes.is_main:
+                self.events.save(self.events.saves.on_stop(self.updates_done), self.updates_done)
+                say(f"the work up to step {self.updates_done} is saved")
+            raise
 
     def _update(self, group: Sequence[Batch]) -> tuple[float, int]:
         """One optimizer step over a group of micro-batches; returns its loss and the exit code of a stop, or 0."""
@@ -146,7 +148,7 @@ class Loop:
     def _micro_step(self, batch: Batch, group_size: int) -> float:
         """Forward and backward of this process's samples; returns their part of the update's loss."""
         clock, seed = self.settings.clock, self.settings.seed
-        seed_foreign_generators(seed, batch.epoch * clock.batches_per_epoch + batch.index)
+        seed_global_generators(seed, batch.epoch * clock.batches_per_epoch + batch.index)
         if not batch.positions:
             return 0.0
         at = Coordinates(seed, batch.epoch, batch.index, batch.positions)

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from library.data.faces import face_of
+from library.data.fingerprint import contents
 from library.data.plan import Plan
 from library.data.sources.scan import Scan
 from library.errors import Problem, UserError
@@ -21,7 +23,7 @@ from library.models.evidence import SAYING, UNKNOWN
 from library.models.info import ModelInfo
 from library.models.pickles import SUFFIXES, read_weights
 from library.options import Options
-from library.options.specs import DatasetSpec
+from library.options.specs import PRESERVE, DatasetSpec
 from library.training.prepare_data import Collector, Data, find_data, inspect_model
 from library.training.prompts import Prompt, read_prompts
 from library.training.start_weights import check_lora
@@ -127,6 +129,8 @@ def prepare(options: Options) -> Prepared:
     weights = options.network.network_weights
     if weights is not None and weights.is_file() and (base := model):
         collect.attempt(lambda: _check_weights(options, weights, base))
+    if data:
+        collect.problems += _strength_problems(options, data.plan)
     resume = collect.attempt(lambda: _find_resume(options, notices))
     if model and resume and model.prediction_type is None:
         model = as_probed(model, resume.state)
@@ -239,6 +243,22 @@ def _without_effect(options: Options, model: ModelInfo) -> Iterator[str]:
         yield f"--exact_crop_conditioning: has no effect, {model.family.title} models aren't told sizes and crops"
 
 
+def needs_strength(plan: Plan) -> bool:
+    """Whether the network must be able to act at another strength than 1."""
+    specs = [dataset.spec for dataset in plan.datasets]
+    kept = any(subset.custom_attributes.get(PRESERVE) for spec in specs for subset in spec.subsets)
+    return kept or any(spec.network_multiplier != 1 for spec in specs)
+
+
+def _strength_problems(options: Options, plan: Plan) -> Iterator[Problem]:
+    """LyCORIS decomposes weights without a way back: at strength 0, its DoRA is not the base model."""
+    decomposed = options.network_arguments().get("dora_wd", "False").lower() not in ("false", "0", "none")
+    foreign = options.network.network_module != "networks.lora"
+    if foreign and decomposed and needs_strength(plan):
+        wrong = f"a network with dora_wd can't change its strength, which network_multiplier or {PRESERVE} needs"
+        yield Problem(options.where("network_args"), wrong, "leave out one of the two")
+
+
 def _unused_data_flags(options: Options, data: Data) -> Iterator[str]:
     """Lines about flags of the data that find nothing to work on."""
     flags = options.dataset
@@ -250,9 +270,18 @@ def _unused_data_flags(options: Options, data: Data) -> Iterator[str]:
         for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_seed"):
             if options.value(name) is not None:
                 yield f"{options.where(name)}: has no effect without held-out pictures (--validation_split)"
+    faces = {(one.dataset, one.subset) for one in everything if face_of(one.key)} if _crops_faces(data) else set()
+    for number, spec in enumerate(data.specs):
+        for place, subset in enumerate(spec.subsets):
+            if subset.face_crop_aug_range and (number, place) not in faces:
+                yield f"{subset.where}: face_crop_aug_range has no effect, no name tells a face (tools/detect_faces.py)"
     cached = options.caching.cache_latents
     if cached and any(subset.keep_in_memory for spec in data.specs for subset in spec.subsets):
         yield "keep_in_memory: has no effect with cached latents"
+
+
+def _crops_faces(data: Data) -> bool:
+    return any(subset.face_crop_aug_range for spec in data.specs for subset in spec.subsets)
 
 
 def _settings(
@@ -283,6 +312,7 @@ def _settings(
         "mixed_precision": options.model.mixed_precision or "no",
         "latent_sampling": options.caching.latent_sampling,
         "masked_loss": str(options.dataset.masked_loss),
+        **({} if options.config.dry_run or options.dataset.debug_dataset else {"pictures": contents(plan)}),
     }
 
 

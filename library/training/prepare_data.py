@@ -4,12 +4,16 @@ What trains on them, and when, is library.training.prepare's; tools that only ma
 """
 
 import os
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
+from library.data.caches.text_files import ENDING
 from library.data.custom import load_custom
 from library.data.plan import Plan, build_plan
+from library.data.records import ImageRecord
 from library.data.report import cropped_too_much, pictures_table
 from library.data.sources.scan import Scan, survey
 from library.errors import Problem, UserError
@@ -106,7 +110,7 @@ def find_data(options: Options, collect: Collector, vae_factor: int, notices: li
     if not specs:
         return None
     scan = survey(specs, skip_bad=flags.skip_bad_images, verify=flags.verify_images)
-    notices += scan.notices
+    notices += [line for line in dict.fromkeys(scan.notices) if line not in notices]
     collect.attempt(scan.check)
     if options.config.dry_run and collect.problems:
         pictures_table(scan, specs)
@@ -126,10 +130,38 @@ def find_data(options: Options, collect: Collector, vae_factor: int, notices: li
             notices += one.left_out
             if flags.max_crop_loss is not None:
                 notices += cropped_too_much(one, flags.max_crop_loss)
+    collect.problems += _unwritable(options, [*plan.records, *(held_out.records if held_out else ())])
     if not plan.records and not collect.problems:
         collect.problems.append(Problem("pictures", "nothing is left to train on", "see the lines above"))
         return None
     return Data(specs, scan, plan, held_out)
+
+
+def _unwritable(options: Options, records: Sequence[ImageRecord]) -> Iterator[Problem]:
+    """Folders that can't take the caches that pictures in them still lack."""
+    caching = options.caching
+    wanted = [
+        (flag, ending)
+        for flag, ending in (("cache_latents_to_disk", ".npz"), ("cache_text_encoder_outputs_to_disk", ENDING))
+        if options.value(flag)
+    ]
+    if not wanted or caching.skip_cache_check:
+        return
+    folders: dict[Path, list[str]] = defaultdict(list)
+    for record in records:
+        folders[record.folder / record.key.rpartition("/")[0]].append(record.key.rpartition("/")[2])
+    for folder, names in folders.items():
+        if os.access(folder, os.W_OK):
+            continue
+        there = [path.name for path in folder.iterdir() if path.suffix == ".npz"]
+        stems = {name.rpartition(".")[0] for name in names}
+        for flag, ending in wanted:
+            cached = {name.removesuffix(ending) for name in there if name.endswith(ending)}
+            if ending != ENDING:
+                cached |= {name.rsplit("_", 2)[0] for name in there if name.count("_") > 1}
+            if not stems <= cached:
+                advice = f"make it writable, or use --{flag.removesuffix('_to_disk')}"
+                yield Problem(options.where(flag), f"{folder} can't be written to", advice)
 
 
 def _custom(options: Options, vae_factor: int) -> Data:

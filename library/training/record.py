@@ -143,6 +143,7 @@ def _dataset_facts(dataset: Dataset, prepared: Prepared) -> DatasetFacts:
     counts = [sum(record.subset == number for record in records) for number in range(len(spec.subsets))]
     buckets = tuple((bucket, len(samples)) for bucket, samples in dataset.samples.items()) if spec.enable_bucket else ()
     errors = [abs(fit.ar_error) for fit in dataset.fits]
+    kinds = {subset.resize_interpolation for subset in spec.subsets}
     return DatasetFacts(
         batch_size=spec.batch_size,
         num_train_images=sum(record.repeats for record in records if not record.is_reg),
@@ -156,5 +157,5 @@ def _dataset_facts(dataset: Dataset, prepared: Prepared) -> DatasetFacts:
         tag_frequency=tag_frequency(records, prepared.specs),
         buckets=buckets,
         mean_ar_error=sum(errors) / len(errors) if errors else 0.0,
-        resize_interpolation=prepared.options.dataset.resize_interpolation,
+        resize_interpolation=next(iter(kinds)) if len(kinds) == 1 else None,
     )

@@ -143,7 +143,7 @@ def _validation(
     plan, flags = prepared.data.held_out, prepared.options.dataset
     if plan is None:
         return None
-    seed = prepared.seed if flags.validation_seed is None else flags.validation_seed
+    seed = plan.datasets[0].spec.split_seed
     mine = None if latents is None else latents.part(len(prepared.plan.records))
     loader = _loader(prepared, plan, model, mine, denoising.processes, seed, ahead=False)
     validation = Validation(
@@ -152,7 +152,10 @@ def _validation(
 
     def run() -> float:
         with phases.phase("validation"):
-            return validation.run()
+            try:
+                return validation.run()
+            finally:
+                loader.close()
 
     return run
 

@@ -26,6 +26,7 @@ _REPLACED = ".replaced"
 _ADVICE = {
     "seed": "resume with the seed that the run was started with, or leave --seed out",
     "data": "resume with the same pictures, captions and dataset settings",
+    "pictures": "their files have changed; resume with those that the run was started with",
     "base model": "resume on the same base model",
 }
 

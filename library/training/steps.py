@@ -158,6 +158,10 @@ class PreviewPlan:
         return bool(self.every_n_steps) and updates_done % (self.every_n_steps or 1) == 0
 
 
+VALIDATION_TIMESTEPS = 4
+"""At how many timesteps a validation looks at each picture."""
+
+
 @dataclass(frozen=True)
 class ValidationPlan:
     """When held-out pictures are looked at: after each epoch or every few, and after steps if asked for."""

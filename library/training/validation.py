@@ -10,13 +10,12 @@ from library.console import track
 from library.training.denoising import Denoising
 from library.training.loop import Batches
 from library.training.objective import Coordinates, NoiseSettings
-
-_TIMESTEPS = 4
+from library.training.steps import VALIDATION_TIMESTEPS
 
 
 def fixed_timesteps(noise: NoiseSettings) -> list[int]:
     """Four timesteps evenly inside the range that is trained: 200, 400, 600, 800 of the whole one."""
-    spread = np.linspace(noise.min_timestep, noise.max_timestep, _TIMESTEPS + 2)
+    spread = np.linspace(noise.min_timestep, noise.max_timestep, VALIDATION_TIMESTEPS + 2)
     return [int(t) for t in spread[1:-1]]
 
 

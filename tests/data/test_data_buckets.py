@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,10 @@ def test_every_number_of_aspect_buckets_is_complained_about() -> None:
     assert len(check(aspects(500, 100, 1000, 64), 8)) == 3
     both = DatasetSpec(1, (512, 512), (), bucket_no_upscale=True, aspect_buckets=AspectBuckets(512, 256, 1024, 64))
     assert "bucket_no_upscale" in check(both, 8)[0].wrong
+
+
+def test_narrow_pictures_without_enlarging_as_sd_scripts_takes_them(make_spec: Callable) -> None:
+    """Only a height of 0 can't be divided by there; a width of 0 is a candidate that loses."""
+    spec = make_spec(resolution=(512, 512), enable_bucket=True, bucket_no_upscale=True, bucket_reso_steps=64)
+    found = fit((298, 19298), spec, 8)
+    assert (found.bucket, found.resized) == ((64, 4096), (64, 4145))

@@ -56,7 +56,12 @@ def test_bad_pictures_are_listed_together_at_the_end(
     folder: Path, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, to_disk: bool, count: int
 ) -> None:
     remembered: dict[Path, str] = {}
-    monkeypatch.setattr("library.data.caches.latents.remember_damages", remembered.update)
+
+    def remember(found: dict[Path, str], *, before: dict[Path, index.State]) -> None:
+        assert before == {path: index.state_of(path) for path in found}
+        remembered.update(found)
+
+    monkeypatch.setattr("library.data.caches.latents.remember_damages", remember)
     for i in range(count):
         break_pixels(folder / f"p{i:02d}.png")
     plan = plan_for(make_spec(folder))
@@ -78,6 +83,23 @@ def test_the_index_is_told(folder: Path, make_spec: MakeSpec) -> None:
         build(plan_for(make_spec(folder)))
     known = index.load(str(folder))
     assert "can't be decoded" in known.texts[known.names.index("p03.png")]
+
+
+def test_a_picture_that_is_mended_meanwhile_is_not_remembered_as_damaged(
+    folder: Path, make_spec: MakeSpec, make_picture: MakePicture
+) -> None:
+    for name in ("p00.png", "p15.png"):
+        break_pixels(folder / name)
+
+    def mending(pixels: torch.Tensor) -> torch.Tensor:
+        make_picture(folder / "p00.png", (64, 64))
+        return encode(pixels)
+
+    with pytest.raises(UserError, match=r"p00\.png: can't be decoded"):
+        LatentCache.build(plan_for(make_spec(folder)), mending, vae_id="v", to_disk=True, threads=0)
+    known = index.load(str(folder))
+    damaged = {name for name, text in zip(known.names, known.texts, strict=True) if "decoded" in text}
+    assert damaged == {"p15.png"}
 
 
 def test_pictures_that_went_away_or_changed_are_not_remembered_as_damaged(

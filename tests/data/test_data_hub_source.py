@@ -14,7 +14,8 @@ from PIL import Image
 from library.data.sources.hub_source import MANIFEST, list_hub
 from library.data.sources.images import Header, probe
 from library.data.sources.listing import Findings, Listed
-from library.options.specs import Columns, HubDataset, SubsetSpec
+from library.options import load_datasets, parse
+from library.options.specs import CaptionSpec, Columns, HubDataset, SubsetSpec
 from tests.data.conftest import MakePicture
 from tests.programs import ROOT, environment
 
@@ -354,3 +355,73 @@ def test_a_local_folder_is_never_taken_for_another(tmp_path: Path, pictures: lis
         hub = HubDataset(str(folder), None, tmp_path / "hf_cache")
         captions.append({one.caption for one in good(SubsetSpec(tmp_path / f"of {place}", source="hub", hub=hub))})
     assert captions == [{"from here"}, {"from there"}]
+
+
+@pytest.mark.parametrize("wildcards", [False, True])
+def test_captions_are_cut_like_caption_files(tmp_path: Path, pictures: list[Path], wildcards: bool) -> None:
+    texts = [" \n  one\u2028line \r\nsecond\n", " \n ", "plain"]
+    source = of_saved(tmp_path / "source", rows_of(pictures, other=texts), pictures)
+    findings = Findings()
+    spec = spec_of(tmp_path, source, columns=Columns(caption="other"), caption=CaptionSpec(wildcards=wildcards))
+    listed = list_hub(spec, findings)
+    assert [one.caption for one in listed] == ["one\u2028line\nsecond" if wildcards else "one\u2028line", "", "plain"]
+    assert "1 of 3 captions are empty" in findings.notices[0]
+
+
+def test_each_choice_of_columns_has_files_of_its_own(tmp_path: Path, pictures: list[Path]) -> None:
+    """One dataset four times: by another picture column, with masks, by another mask column."""
+    columns: dict[str, Any] = {
+        name: [{"bytes": path.read_bytes(), "path": None} for path in pictures[turn:] + pictures[:turn]]
+        for name, turn in (("other", 1), ("mask", 0), ("shade", 2))
+    }
+    rows = rows_of(pictures, **columns)
+    source = of_saved(tmp_path / "source", rows, pictures)
+    kinds = ("", 'image_column = "other"', 'mask_column = "shade"')
+    tables = "".join(
+        f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\ndataset_name = "{source}"\n{kind}\n' for kind in kinds
+    )
+    (tmp_path / "data.toml").write_text(tables)
+    argv = f"--pretrained_model_name_or_path m --output_dir {tmp_path} --network_module networks.lora"
+    plain, masked = (
+        load_datasets(parse([*argv.split(), "--dataset_config", str(tmp_path / "data.toml"), *more]))
+        for more in ([], ["--masked_loss"])
+    )
+    subsets = [spec.subsets[0] for spec in (*plain, *masked)]
+    assert len({subset.image_dir for subset in subsets}) == 5, "without masks, their column makes no difference"
+    found = [(subset, good(subset)) for subset in subsets]
+    for subset, listed in found:
+        turn = 1 if subset.columns.image == "other" else 0
+        wanted = [path.read_bytes() for path in pictures[turn:] + pictures[:turn]]
+        assert [(subset.image_dir / one.key).read_bytes() for one in listed] == wanted
+        if subset.masks:
+            turn = 2 if subset.columns.mask == "shade" else 0
+            wanted = [path.read_bytes() for path in pictures[turn:] + pictures[:turn]]
+            assert [Path(one.mask or "").read_bytes() for one in listed] == wanted
+
+
+def test_files_that_nobody_here_made_stay(tmp_path: Path, pictures: list[Path]) -> None:
+    """Also where they are named like ours: only what the folder's own list names is cleared away."""
+    source = tmp_path / "source"
+    spec = spec_of(tmp_path, of_saved(source, rows_of(pictures), pictures))
+    spec.image_dir.mkdir()
+    (spec.image_dir / "000007.png").write_bytes(b"another's")
+    good(spec)
+    rows_of(pictures[:1]).save_to_disk(str(tmp_path / "shorter"))
+    good(spec_of(tmp_path, tmp_path / "shorter"))
+    assert {path.name for path in spec.image_dir.iterdir()} == {"000000.png", "000007.png", MANIFEST}
+
+
+def test_a_name_that_is_nothing_at_all(tmp_path: Path) -> None:
+    """No half minute of attempts at the hub, and one message that names both things it could have been."""
+    guard = f"{ROOT / 'tests' / 'no_network'}:{ROOT}"
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED, str(tmp_path), "hf_nope"],
+        env=environment(PYTHONPATH=guard, HF_HUB_OFFLINE="0"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "there is no such path here, it isn't in the cache, and the hub has none or can't be reached" in done.stdout
+    assert "Retrying" not in done.stderr + done.stdout

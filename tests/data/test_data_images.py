@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from library.data.sources.images import Damage, Header, probe, probe_all
+from library.data.sources.images import Damage, Header, probe
+from library.data.sources.reading import read_all
 
 MakePicture = Callable[..., Path]
 
@@ -131,5 +132,5 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_threads_keep_the_order(tmp_path: Path, make_picture: MakePicture) -> None:
     paths: list[Path] = [make_picture(tmp_path / f"{i}.png", (10 + i, 20)) for i in range(40)]
-    headers = probe_all(paths, 8)
+    headers = read_all(probe, paths, threads=8, always=True)
     assert [header.size for header in headers if isinstance(header, Header)] == [(10 + i, 20) for i in range(40)]

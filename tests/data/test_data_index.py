@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.sources import index
-from library.data.sources.index import NAME, Index, remember_damage, remember_damages
+from library.data.sources import images, index, shelves
+from library.data.sources.index import NAME, Index, remember_damage, remember_damages, state_of
+from library.data.sources.reading import LateBar
 from library.data.sources.scan import Scan, scan, survey
 from library.errors import UserError
 from library.known_files import cache_folder
@@ -157,7 +158,7 @@ def test_damaged_and_foreign_indexes_are_ignored_and_rewritten(
         "empty": b"",
         "text": b"something else\n" * 40,
         "bit": data[:-300] + bytes([data[-300] ^ 4]) + data[-299:],
-        "version": data.replace(b'"version": 1', b'"version": 9'),
+        "version": data.replace(b'"version": %d' % index.VERSION, b'"version": 0'),
     }
     if damage == "folder":
         path.unlink()
@@ -279,3 +280,102 @@ for i in range(40):
         scan([make_spec(folder)])
     assert files == []
     assert [path.name for path in folder.iterdir() if path.name.startswith(NAME)] == [NAME]
+
+
+def test_an_edit_during_a_slow_scan_is_noticed_where_times_are_whole_seconds(
+    folder: Path, make_picture: MakePicture, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system and the clock of this test: the picture is changed right after it was read, within the second in
+    which it was written, and keeps its length; the reading of all takes ten seconds."""
+    path = make_picture(folder / "0.bmp", (40, 60))
+    other = make_picture(folder.parent / "other.bmp", (80, 30)).read_bytes()
+    assert len(other) == path.stat().st_size
+    second = int(path.stat().st_mtime)
+    late = [0.0]
+    states_of, probe = index.states_of, images.probe
+
+    def coarse(place: str, names: list[str]) -> index.Numbers:
+        found = states_of(place, names).copy()
+        found[:, 1:3] = second * 10**9
+        return found
+
+    def slow(picture: str) -> object:
+        found = probe(picture)
+        late[0] = 10.0
+        if picture.endswith(".bmp"):
+            with path.open("r+b") as file:
+                file.write(other)
+            os.utime(path, (second, second))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "states_of", coarse)
+        patch.setattr(index, "now", lambda: second + 0.5 + late[0])
+        patch.setattr(shelves, "probe", slow)
+        assert scan([make_spec(folder)]).records[0].size == (40, 60)
+        patch.setattr(shelves, "probe", probe)
+        assert scan([make_spec(folder)]).records[0].size == (80, 30)
+
+
+def test_a_picture_that_changes_while_it_is_read_is_not_remembered(
+    folder: Path, make_spec: MakeSpec, settled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = images.probe
+
+    def touching(picture: str) -> object:
+        found = probe(picture)
+        if picture.endswith("2.png"):
+            os.utime(picture)
+        return found
+
+    monkeypatch.setattr(shelves, "probe", touching)
+    scan([make_spec(folder)])
+    assert "2.png" not in index.load(str(folder)).names
+    assert "1.jpg" in index.load(str(folder)).names
+
+
+def test_damage_of_a_picture_that_was_mended_meanwhile_is_forgotten(folder: Path, make_picture: MakePicture) -> None:
+    paths = [folder / name for name in ("0.png", "2.png", "4.png")]
+    before = {path: state for path in paths[:2] if (state := state_of(path))}
+    time.sleep(0.02)
+    make_picture(paths[0], (60, 50))
+    remember_damages(dict.fromkeys(paths, "damaged"), before=before)
+    assert index.load(str(folder)).names == ["2.png"]
+    assert state_of(folder / "gone.png") is None
+
+
+def test_a_header_never_takes_the_place_of_damage(folder: Path, make_spec: MakeSpec, settled: None) -> None:
+    """Another process decodes a picture while this one, which doesn't know yet, writes its header down."""
+    shelf = shelves.Shelf(str(folder))
+    bar = LateBar("", 1)
+    shelf.read_headers(["0.png", "2.png"], threads=1, progress=bar)
+    remember_damage(folder / "2.png", "bad pixels")
+    shelf.close()
+    shelf.close()
+    assert [Path(one.where).name for one in survey([make_spec(folder)]).unreadable] == ["2.png"]
+    assert set(index.load(str(folder)).names) >= {"0.png", "2.png"}
+
+
+def test_damage_that_two_processes_find_at_once_is_kept_of_both(folder: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from library.data.sources.index import remember_damage
+for i in range(60):
+    path = Path({str(folder)!r}, sys.argv[1] + str(i))
+    path.touch()
+    remember_damage(path, "damaged")
+"""
+    runs = [subprocess.Popen([sys.executable, "-c", code, name], cwd=ROOT, env=environment()) for name in "xy"]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    assert set(index.load(str(folder)).names) == {f"{name}{i}" for name in "xy" for i in range(60)}
+
+
+def test_what_killed_processes_left_is_swept(folder: Path, make_spec: MakeSpec, settled: None) -> None:
+    old, young, other = (folder / f"{NAME}{ending}" for ending in (".4711.140245", ".4712.140246", ".mine"))
+    for path in (old, young, other):
+        path.write_text("part of an index")
+        os.utime(path, (time.time() - 5000,) * 2)
+    os.utime(young)
+    scan([make_spec(folder)])
+    assert {path.name for path in folder.iterdir() if path.name.startswith(NAME)} == {NAME, young.name, other.name}

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from library.data.sources.index import remember_damage
 from library.data.sources.listing import Findings, Listed
 from library.data.sources.masks import Masked, check_masks, pair_masks
-from library.options.specs import SubsetSpec
+from library.data.sources.scan import survey
+from library.options.specs import DatasetSpec, SubsetSpec
 from tests.data.conftest import MakePicture
 
 
@@ -138,3 +140,20 @@ def test_many_bad_masks_are_counted(tmp_path: Path, make_picture: MakePicture) -
     assert check_masks([Masked("/p/a.png", (9, 9), str(mask))] * 25, findings, threads=4) == [0] * 25
     assert len(findings.problems) == 11
     assert "15 more of 25" in str(findings.problems[-1])
+
+
+def test_damage_that_decoding_found_is_told(tmp_path: Path, make_picture: MakePicture) -> None:
+    """Until the mask is replaced; also where a whole scan asks."""
+    make_picture(tmp_path / "10_cat/a.png")
+    mask = make_picture(tmp_path / "masks/a.png")
+    remember_damage(mask, "its data is damaged")
+    spec = DatasetSpec(1, (64, 64), (spec_of(tmp_path),))
+    wanted = f"{mask}: mask can't be used: its data is damaged; replace or remove it"
+    findings = Findings()
+    assert check_masks([Masked("/p/a.png", (80, 64), str(mask))], findings) == [0]
+    assert list(map(str, findings.problems)) == [wanted]
+    assert list(map(str, survey([spec]).problems)) == [wanted]
+    make_picture(tmp_path / "new.png").replace(mask)
+    found = survey([spec])
+    assert found.problems == ()
+    assert found.records[0].mask_bytes == mask.stat().st_size

@@ -93,15 +93,32 @@ def test_joining(caption: str, tags: str, wildcards: bool, expected: str) -> Non
 @given(caption=st.text("ab ,{|}\n", max_size=12), tags=st.text("xy, \n", max_size=12), wildcards=st.booleans())
 def test_every_line_gets_the_tags(caption: str, tags: str, wildcards: bool) -> None:
     joined = join_tags(caption, tags, "#", wildcards)
-    lines = [line for line in caption.split("\n") if line.strip()]
-    flat = "#".join(line for line in tags.split("\n") if line.strip()) if "\n" in tags else tags
+    lines = [line.strip() for line in caption.split("\n") if line.strip()]
+    lines = lines if wildcards else lines[:1]
+    flat = "#".join(line.strip() for line in tags.split("\n") if line.strip())
     assert "\n" not in joined or wildcards
     if not lines:
         assert joined == flat
-    elif flat:
-        assert joined.split("\n") == [f"{line}#{flat}" for line in (lines if wildcards else lines[:1])]
     else:
-        assert joined.split("\n") == (lines if wildcards else lines[:1])
+        assert joined.split("\n") == [f"{line}#{flat}" if flat else line for line in lines]
+
+
+@pytest.mark.parametrize("wildcards", [False, True])
+def test_lines_end_where_those_of_caption_files_do(folder: Path, wildcards: bool) -> None:
+    odd = "a\u2028b\x85c\x0bd\x1ce"
+    assert join_tags(f"{odd}\rnext", f"{odd}\ru", ";", wildcards).split("\n")[0] == f"{odd};{odd};u"
+    texts = [f" \n  {odd} \r\n\nsecond\n", " \n\t", "plain"]
+    caption = CaptionSpec(wildcards=wildcards)
+    names = ["a.png", "b.jpg", "sub/c.webp"]
+    expected = [f"{odd}\nsecond" if wildcards else odd, "", "plain"]
+    rows = [{"image": f"pictures/{name}", "text": text} for name, text in zip(names, texts, strict=True)]
+    listed, findings = read(spec_of(folder, "rows.jsonl", rows, source="jsonl", caption=caption))
+    assert [one.caption for one in listed] == expected
+    assert ["1 of 3 captions are empty" in notice for notice in findings.notices] == [True]
+    entries = {name: {"caption": text} for name, text in zip(names, texts, strict=True)}
+    listed, findings = read(spec_of(folder, "meta.json", entries, caption=caption))
+    assert [one.caption for one in listed] == expected
+    assert ["1 of 3 pictures have neither" in notice for notice in findings.notices] == [True]
 
 
 def test_every_spelling_of_a_name(folder: Path, make_picture: MakePicture) -> None:

@@ -239,7 +239,7 @@ def test_masks_that_cant_be_used(tmp_path: Path, make_picture: MakePicture) -> N
     wrong.write_bytes(wrong.read_bytes()[:300])
     with pytest.raises(UserError, match=r"m\.png: can't be decoded"):
         masked(path, mask=wrong)
-    with pytest.raises(UserError, match=r"gone\.png: can't be decoded"):
+    with pytest.raises(UserError, match=r"gone\.png: can't be read"):
         masked(path, mask=tmp_path / "gone.png")
 
 

@@ -67,7 +67,9 @@ def test_a_mask_stands_beside_its_picture(tmp_path: Path, make_spec: MakeSpec) -
     spec = make_spec(tmp_path, alpha_mask=True)
     plan = build_plan([spec], sources.scan([spec]).records, 8, 1)
     (path,) = write_sheets(plan, tmp_path / "out", "x", seed=0)
-    assert contains(pixels_of(path), np.concatenate([rgba[..., :3], rgba[..., 3:].repeat(3, 2)], 1))
+    framed = np.full((64, 64, 3), 128, np.uint8)
+    framed[1:-1, 1:-1] = rgba[1:-1, 1:-1, 3:]
+    assert contains(pixels_of(path), np.concatenate([rgba[..., :3], framed], 1))
 
 
 def test_large_pictures_are_shown_small(tmp_path: Path, make_picture: MakePicture, make_spec: MakeSpec) -> None:

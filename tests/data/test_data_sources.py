@@ -199,3 +199,24 @@ def test_tag_frequency(tmp_path: Path, make_picture: MakePicture, make_spec: Mak
     assert tag_frequency(scan(specs).records, specs) == {"5_cat": {"cat": 2, "red fur": 1, "moon": 1, "sun": 1}}
     two = [*specs, make_spec(tmp_path / "5_cat", resolution=(96, 96))]
     assert tag_frequency(scan(two).records, two) == {"5_cat": {"cat": 2, "red fur": 1, "moon": 1, "sun": 1}}
+
+
+def test_captions_are_cut_at_line_ends_only(tmp_path: Path, make_picture: MakePicture, make_spec: MakeSpec) -> None:
+    """Other signs that some take for line ends, such as U+2028, stay within the line."""
+    make_picture(tmp_path / "a.png")
+    odd = "one\u2028two\x85three\x0bfour\x1cfive"
+    (tmp_path / "a.txt").write_bytes(f" \r{odd}\rsecond\r\n\n third \n".encode())
+    assert scan([make_spec(tmp_path)]).records[0].caption == odd
+    wild = make_spec(tmp_path, caption=CaptionSpec(wildcards=True))
+    assert scan([wild]).records[0].caption == f"{odd}\nsecond\nthird"
+
+
+def test_many_captions_that_cannot_be_read_are_counted(
+    tmp_path: Path, make_picture: MakePicture, make_spec: MakeSpec
+) -> None:
+    for i in range(25):
+        make_picture(tmp_path / f"{i:02d}.png", (8, 8))
+        (tmp_path / f"{i:02d}.txt").write_bytes(b"caf\xe9")
+    found = survey([make_spec(tmp_path), make_spec(tmp_path, resolution=(96, 96))])
+    assert len(found.problems) == 11
+    assert str(found.problems[-1]) == "captions: 15 more of 25 that can't be used; mend them all"

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from library.data.records import ImageRecord
 from library.data.sources.listing import Findings
+from library.data.sources.scan import survey
 from library.data.sources.split import hold_out, round_half_up
 from library.options.specs import DatasetSpec, SubsetSpec
+from tests.data.conftest import MakePicture
 
 FRACTIONS = st.sampled_from([0.0, 0.01, 0.1, 0.15, 0.25, 0.29, 1 / 3, 0.5, 0.75, 0.9, 1.0])
 
@@ -172,7 +174,7 @@ def test_trained_and_held_out() -> None:
 def test_absolute_and_relative_names_of_one_picture() -> None:
     specs = [spec_of(subset("/data/a")), spec_of(subset("/elsewhere", 1.0))]
     records = records_of(specs, {(0, 0): 2, (1, 0): 1})
-    absolute = ImageRecord(Path("/elsewhere"), "/data/a/picture1.png", (9, 9), 1, "", False, 1, 0, 1, False)
+    absolute = ImageRecord(Path("/elsewhere"), "/data/a/picture1.png", (64, 64), 1, "", False, 1, 0, 1, False)
     findings = Findings()
     hold_out([*records, absolute], specs, findings)
     assert [problem.wrong.count("/data/a/picture1.png") for problem in findings.problems] == [1]
@@ -183,3 +185,31 @@ def test_a_fraction_that_holds_out_nothing_is_told() -> None:
     findings = Findings()
     assert hold_out(records_of(specs, {(0, 0): 3}), specs, findings)[1] == []
     assert findings.notices == ["/data/a: validation_split 0.1 of 3 pictures holds out none"]
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "link to the folder"])
+def test_links_to_trained_pictures_are_found(tmp_path: Path, make_picture: MakePicture, kind: str) -> None:
+    make_picture(tmp_path / "a" / "00.png")
+    make_picture(tmp_path / "a" / "01.png")
+    make_picture(tmp_path / "b" / "own.png")
+    if kind == "link":
+        (tmp_path / "b" / "hold.png").symlink_to("../a/00.png")
+    elif kind == "hard link":
+        (tmp_path / "b" / "hold.png").hardlink_to(tmp_path / "a" / "00.png")
+    else:
+        (tmp_path / "b" / "deep").symlink_to(tmp_path / "a")
+    held = SubsetSpec(tmp_path / "b", validation_split=1.0, recursive=True)
+    specs = [spec_of(SubsetSpec(tmp_path / "a")), spec_of(held)]
+    found = survey(specs)
+    (problem,) = found.problems
+    assert "trained on in" in problem.wrong
+    name = "deep/00.png" if kind == "link to the folder" else "hold.png"
+    assert f"{name} (the same file as 00.png)" in problem.wrong
+    assert "own.png" not in problem.wrong
+
+
+def test_copies_are_pictures_of_their_own(tmp_path: Path, make_picture: MakePicture) -> None:
+    data = make_picture(tmp_path / "a" / "00.png").read_bytes()
+    make_picture(tmp_path / "b" / "hold.png").write_bytes(data)
+    found = survey([spec_of(subset(str(tmp_path / "a"))), spec_of(subset(str(tmp_path / "b"), 1.0))])
+    assert (found.problems, len(found.held_out)) == ((), 1)

@@ -212,3 +212,58 @@ def test_a_dataset_class_of_ones_own(tiny_sdxl: Path, tmp_path: Path) -> None:
     wrong = run([sys.executable, str(SCRIPT), *flags, "--dataset_class", "colours.Shapes"], **paths)
     assert wrong.returncode == 2
     assert "--dataset_class: colours.Shapes can't be made" in wrong.stderr
+
+
+def test_a_strength_that_a_network_can_not_have_is_refused(
+    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train_network import main
+
+    describe(tmp_path, "network_multiplier = 0.5")
+    base = ["--pretrained_model_name_or_path", str(tiny_sd1), "--dataset_config", str(tmp_path / "d.toml")]
+    flags = ["--network_module", "lycoris.kohya", "--network_args", "algo=lora", "dora_wd=True", "--dry_run"]
+    assert main([*base, "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert "a network with dora_wd can't change its strength" in capsys.readouterr().err
+
+
+def test_the_split_stays_when_the_seed_is_drawn(tiny_sd1: Path, tmp_path: Path) -> None:
+    describe(tmp_path, "validation_split = 0.34")
+    save = ("--save_state", "--save_every_n_steps", "2")
+    train(tiny_sd1, tmp_path, "first", *save, steps=3)
+    state = str(tmp_path / "output" / "first-step00000002-state")
+    from train_network import main
+
+    base = ["--pretrained_model_name_or_path", str(tiny_sd1), "--dataset_config", str(tmp_path / "d.toml")]
+    more = ["--output_dir", str(tmp_path / "output"), "--output_name", "first", "--network_module", "networks.lora"]
+    rest = ["--caption_extension", ".txt", "--network_dim", "2", "--learning_rate", "1e-2", "--max_train_steps", "3"]
+    assert main([*base, *more, *rest, "--resume", state]) == 0
+
+
+def spoil(picture: Path) -> None:
+    """Damage a PNG's compressed pixels; its header and its end stay whole."""
+    data = bytearray(picture.read_bytes())
+    start = data.index(b"IDAT") + 8
+    data[start : start + 40] = bytes(40)
+    picture.write_bytes(bytes(data))
+
+
+def test_a_picture_that_only_decoding_shows_as_damaged(
+    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train_network import main
+
+    folder = describe(tmp_path)
+    base = ["--pretrained_model_name_or_path", str(tiny_sd1), "--dataset_config", str(tmp_path / "d.toml")]
+    more = ["--output_dir", str(tmp_path / "output"), "--output_name", "x", "--network_module", "networks.lora"]
+    flags = ["--caption_extension", ".txt", "--network_dim", "2", "--max_train_steps", "9", "--seed", "4"]
+    line = [*base, *more, *flags, "--max_data_loader_n_workers", "0"]
+    spoil(folder / "picture05.png")
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    assert "picture05.png: can't be decoded" in said
+    assert "start again with --skip_bad_images" in said
+    assert "the work up to step" in said
+    assert len(list((tmp_path / "output").glob("x-step*.safetensors"))) == 1
+    assert main([*line, "--dry_run"]) == 2
+    assert "picture05.png" in capsys.readouterr().err
+    assert main([*line, "--skip_bad_images"]) == 0

@@ -105,6 +105,73 @@ def test_latents_verified_and_pruned(data: Path, flags: list[str], capsys: pytes
     assert main([*flags, "--verify"]) == 0
 
 
+def test_files_for_other_settings_stay_unless_they_are_to_go(data: Path, flags: list[str]) -> None:
+    main = tool("cache_latents")
+    larger = [*flags, "--resolution", "96"]
+    assert main(flags) == 0
+    small = files(data, "_sd.npz")
+    assert main(larger) == 0
+    both = files(data, "_sd.npz")
+    assert len(both) > len(small) == 7
+    for one in (flags, larger):
+        assert main([*one, "--prune"]) == 0
+        assert main(one) == 0
+        assert files(data, "_sd.npz") == both
+    assert main([*flags, "--prune_others", "--dry_run"]) == 0
+    assert files(data, "_sd.npz") == both
+    assert main([*flags, "--prune_others"]) == 0
+    assert files(data, "_sd.npz") == small
+
+
+@pytest.mark.parametrize("name", ["cache_latents", "cache_text_encoder_outputs"])
+def test_files_of_pictures_that_cannot_be_read_stay(data: Path, flags: list[str], name: str) -> None:
+    main = tool(name)
+    assert main(flags) == 0
+    made = files(data, ".npz")
+    (data / "picture03.png").write_bytes((data / "picture03.png").read_bytes()[:300])
+    whole = bytearray((data / "picture05.png").read_bytes())
+    whole[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
+    (data / "picture05.png").write_bytes(whole)
+    assert main([*flags, "--prune", "--skip_bad_images"]) == 0
+    assert files(data, ".npz") == made
+
+
+@pytest.mark.parametrize("name", ["cache_latents", "cache_text_encoder_outputs"])
+def test_a_dry_run_only_says_what_is_missing(
+    data: Path, flags: list[str], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    main = tool(name)
+    before = files(data, "")
+    assert main([*flags, "--dry_run"]) == 0
+    assert "7 files wanted: 7 missing" in capsys.readouterr().out
+    assert files(data, "") == before
+    assert main(flags) == 0
+    capsys.readouterr()
+    assert main([*flags, "--dry_run"]) == 0
+    assert capsys.readouterr().out == "7 files wanted: 7 good\n"
+
+
+@pytest.mark.parametrize("name", ["cache_latents", "cache_text_encoder_outputs"])
+def test_what_goes_wrong_in_the_middle_is_one_line(
+    data: Path, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save = np.savez
+    saved: list[None] = []
+
+    def full(*values: Any, **named: Any) -> None:
+        if len(saved) == 3:
+            raise OSError(28, "No space left on device")
+        save(*values, **named)
+        saved.append(None)
+
+    monkeypatch.setattr(np, "savez", full)
+    assert tool(name)(flags) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
+    assert len(told) == 1
+    assert len(files(data, ".npz")) == 3
+    assert not list(data.glob(".*.tmp"))
+
+
 def test_text_files_pruned_by_caption_and_picture(
     data: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,11 +182,18 @@ def test_text_files_pruned_by_caption_and_picture(
     (data / "picture01.txt").write_text("something else")
     (data / "picture02.jpg").unlink()
     np.savez(data / "foreign_te_outputs.npz", hidden_state1=np.zeros(3))
-    assert main([*flags, "--prune"]) == 0
-    kept = files(data, "_te_outputs.npz")
-    assert kept.keys() == {f"picture{i:02d}_te_outputs.npz" for i in (0, 3, 4, 5, 6)} | {"foreign_te_outputs.npz"}
+    held = npz.read(data / "picture03_te_outputs.npz")
+    npz.write(data / "picture03_te_outputs.npz", {**held, "hidden_state1": held["hidden_state1"] + 1})
+    numbered = "picture04.jpg_2_te_outputs.npz"
+    shutil.copy(data / "picture04_te_outputs.npz", data / numbered)
+    for flag, gone in (("--prune", {2, 3}), ("--prune_others", {1, 2, 3})):
+        assert main([*flags, flag]) == 0
+        expected = {f"picture{i:02d}_te_outputs.npz" for i in range(7) if i not in gone}
+        expected |= {numbered} if flag == "--prune" else set()
+        assert files(data, "_te_outputs.npz").keys() == expected | {"foreign_te_outputs.npz"}
+        told = capsys.readouterr().out
+        assert all(f"picture{i:02d}_te_outputs.npz" in told for i in (gone if flag == "--prune" else {1}))
     assert len(files(data, "_sd.npz")) == 7
-    assert "picture01_te_outputs.npz" in capsys.readouterr().out
 
 
 def test_latents_of_a_mask_and_of_the_posterior(data: Path, flags: list[str]) -> None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from library.data.buckets import Fit, Size, legacy_crop
 from library.data.caches import npz
-from library.data.caches.npz import UNREADABLE
+from library.data.caches.npz import UNREADABLE, State
 from library.data.records import ImageRecord
 from library.errors import UserError
 from library.options.specs import SubsetSpec
@@ -42,8 +42,9 @@ VALUES: Mapping[Sampling, tuple[str, ...]] = MappingProxyType(
     {"mean": ("mean", "mean+logvar"), "sample": ("mean+logvar",)}
 )
 """What a file may say that it holds, to serve a run."""
-_LATENTS = ("latents", "latents_flipped", "latents_logvar", "latents_flipped_logvar")
+LATENTS = ("latents", "latents_flipped", "latents_logvar", "latents_flipped_logvar")
 _SIZES = ("original_size", "crop_ltrb")
+_FIT = ("bucket", "resized", "crop")
 _OLD_SECONDS = 3600
 _TEMPORARY = re.compile(r"\.(.+\.npz)\.(?:([0-9a-f]{8})-)?(\d+)\.tmp")
 
@@ -171,7 +172,7 @@ def judge(path: Path, wanted: Wanted, trust: Trust) -> Verdict:
     """Whether the file at `path` holds the wanted latents; `maskless` ones fit, but the mask beside them doesn't."""
     masks = (MASK,) if wanted.mask is not None else ()
     try:
-        found = npz.read(path, *_LATENTS, *masks, ENTRY)
+        found = npz.read(path, *LATENTS, *masks, ENTRY)
         if ENTRY not in found:
             return "foreign" if trust.foreign and _fits_foreign(path, wanted) else "stale"
         said = json.loads(str(found.pop(ENTRY)))
@@ -206,6 +207,19 @@ def judge(path: Path, wanted: Wanted, trust: Trust) -> Verdict:
     return "ours"
 
 
+def holds_other_fit(path: Path, wanted: Wanted) -> bool:
+    """Whether the file at `path` is a whole one of ours for another bucket, size or cut, so that it is no worse for
+    not being wanted here. What picture or VAE it was made from doesn't matter."""
+    try:
+        found = npz.read(path, *LATENTS, ENTRY)
+        said = json.loads(str(found.pop(ENTRY)))
+        fits = all(said[name] == value for name, value in wanted.description().items() if name in _FIT)
+        whole = bool(found) and hash_arrays(found) == said["arrays"]
+        return whole and not fits and bool(said["format"] == FORMAT_VERSION)
+    except (*UNREADABLE, TypeError):
+        return False
+
+
 def _fits_foreign(path: Path, wanted: Wanted) -> bool:
     """A file of another program: right shape, size and crop, an upright picture that is older than the file."""
     record = wanted.record
@@ -234,21 +248,29 @@ def _is_mask(mask: NDArray[Any], bucket: Size) -> bool:
     return mask.shape == bucket[::-1] and _finite(mask) and bool(((mask >= 0) & (mask <= 1)).all())
 
 
-def read(path: Path, entry: str) -> Latents:
+def read(path: Path, entry: str, state: State | None) -> Latents:
     """An array of latents, float32 (c, h, w), or the mask, float32 (H, W).
 
+    Args:
+        state: what the file was when it was judged.
+
     Raises:
+        ChangedError: it is another one now.
         UserError: the file went away or was damaged since it was checked.
     """
     try:
-        return np.asarray(npz.read(path, entry)[entry], dtype=np.float32)
+        return np.asarray(npz.read(path, entry, state=state)[entry], dtype=np.float32)
+    except npz.ChangedError:
+        raise
     except UNREADABLE as error:
         wrong = f"cached latents can't be read ({error})"
         raise UserError.single(str(path), wrong, "start again to rebuild it") from error
 
 
-def write(path: Path, wanted: Wanted, hashes: Hashes, latents: Arrays, mask: NDArray[np.uint8] | None) -> None:
+def write(path: Path, wanted: Wanted, hashes: Hashes, latents: Arrays, mask: NDArray[np.uint8] | None) -> State:
     """Write one file under a temporary name and rename it; whatever stood there before is replaced whole.
+
+    Returns what `read` wants to know of it.
 
     Args:
         hashes: taken before picture and mask were decoded.
@@ -259,21 +281,26 @@ def write(path: Path, wanted: Wanted, hashes: Hashes, latents: Arrays, mask: NDA
     """
     value = VALUES[wanted.sampling][0]
     description = {**wanted.description(), "picture": hashes.picture, "value": value, "arrays": hash_arrays(latents)}
-    _save_latents(path, wanted, latents, description, hashes, mask)
+    return _save_latents(path, wanted, latents, description, hashes, mask)
 
 
-def add_mask(path: Path, wanted: Wanted, hashes: Hashes, mask: NDArray[np.uint8] | None) -> None:
+def add_mask(path: Path, wanted: Wanted, hashes: Hashes, mask: NDArray[np.uint8] | None, state: State | None) -> State:
     """Put the mask into a file whose latents fit; all else is kept as it is.
+
+    Args:
+        state: what the file was when it was judged.
+
+    Returns what `read` wants to know of it.
 
     Raises:
         UserError: the file can't be read any more, or not be written.
     """
     try:
-        found = npz.read(path, *_LATENTS, ENTRY)
+        found = npz.read(path, *LATENTS, ENTRY, state=state)
         said = json.loads(str(found.pop(ENTRY)))
     except UNREADABLE as error:
         raise UserError.single(str(path), f"can't be read any more ({error})", "start again") from error
-    _save_latents(path, wanted, found, said, hashes, mask)
+    return _save_latents(path, wanted, found, said, hashes, mask)
 
 
 def _save_latents(
@@ -283,7 +310,7 @@ def _save_latents(
     description: Mapping[str, object],
     hashes: Hashes,
     mask: NDArray[np.uint8] | None,
-) -> None:
+) -> State:
     arrays: Arrays = {
         **latents,
         "original_size": np.array(wanted.record.size),
@@ -293,10 +320,10 @@ def _save_latents(
         ones = np.ones(wanted.fit.bucket[::-1], np.float32)
         arrays[MASK] = ones if mask is None else mask_values(mask)
         description = {**description, "mask": hashes.mask, "mask_array": hash_arrays({MASK: arrays[MASK]})}
-    save(path, arrays, description, memory_flag="--cache_latents")
+    return save(path, arrays, description, memory_flag="--cache_latents")
 
 
-def save(path: Path, arrays: Arrays, description: Mapping[str, object], *, memory_flag: str) -> None:
+def save(path: Path, arrays: Arrays, description: Mapping[str, object], *, memory_flag: str) -> State:
     """Write arrays, with our entry that holds `description`, under a temporary name and rename it.
 
     Args:
@@ -307,12 +334,13 @@ def save(path: Path, arrays: Arrays, description: Mapping[str, object], *, memor
     """
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
     try:
-        npz.write(temporary, {**arrays, ENTRY: np.array(json.dumps(description, sort_keys=True))})
+        state = npz.write(temporary, {**arrays, ENTRY: np.array(json.dumps(description, sort_keys=True))})
         try:
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        return state
     except OSError as error:
         advice = f"mend that, or use {memory_flag}, which keeps them in memory"
         raise UserError.single(str(path), f"can't be written ({error.strerror or error})", advice) from error

@@ -5,9 +5,9 @@ and the mask of a picture that has one. A file is used only if it was made from 
 (data.caches.slots); everything else is made anew.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from library import console
 from library.data.ahead import ahead
 from library.data.caches import latent_files
 from library.data.caches.latent_files import MASK, USABLE, Arrays, Hashes, Latents, Sampling, Trust, Verdict, entry_of
-from library.data.caches.slots import Files, Recipe, slots
+from library.data.caches.slots import Files, Made, Recipe, slots
 from library.data.pixels import Pixels, read_picture, unit_range
 from library.data.plan import Plan
-from library.data.sources.index import remember_damages
+from library.data.sources.index import State, remember_damages, state_of
 from library.errors import Problem, UserError
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -52,7 +52,7 @@ class LatentStore:
 
     slots: tuple[int, ...]
     masked: tuple[bool, ...]
-    files: tuple[Path, ...]
+    files: Made | None
     memory: Held
     channels: int
     sampled: bool = False
@@ -83,7 +83,7 @@ class LatentStore:
         Raises:
             UserError: its file went away or was damaged since it was checked.
         """
-        if not self.masked[record] or (not self.files and (self.slots[record], MASK) not in self.memory):
+        if not self.masked[record] or (self.files is None and (self.slots[record], MASK) not in self.memory):
             return None
         mask = latent_files.mask_values(self._read(record, MASK))
         return np.ascontiguousarray(mask[:, ::-1]) if flipped else mask
@@ -94,7 +94,7 @@ class LatentStore:
 
     def _read(self, record: int, entry: str) -> NDArray[Any]:
         slot = self.slots[record]
-        return latent_files.read(self.files[slot], entry) if self.files else self.memory[slot, entry]
+        return self.memory[slot, entry] if self.files is None else self.files.read(slot, entry)
 
 
 class LatentCache:
@@ -145,6 +145,7 @@ class LatentCache:
         self._maskless: list[int] = []
         self._bad: list[Problem] = []
         self._damaged: dict[Path, str] = {}
+        self._before: dict[Path, State] = {}
         if self._files is not None:
             mine, self._maskless = _check_files(self._files, mine, threads)
         self._todo = sorted(mine, key=lambda i: (self.wanted[i].fit.bucket, i))
@@ -211,7 +212,7 @@ class LatentCache:
             self._encode_all(encode, max(1, vae_batch_size), memory)
         except UserError as error:
             bad = [*error.problems, *bad]
-        remember_damages(self._damaged)
+        remember_damages(self._damaged, before=self._before)
         if self._exchange is not None:
             memory, bad = _shared(self._exchange, memory, bad)
         if wait is not None:
@@ -222,7 +223,7 @@ class LatentCache:
             if lost:
                 where = f"{len(lost)} pictures, such as {self.wanted[lost[0]].path}"
                 raise UserError.single(where, "another process could not cache them", "mend what it says")
-        files = tuple(self._files.paths) if self._files is not None else ()
+        files = None if self._files is None else self._files.made()
         return LatentStore(
             self._slots.of_record, self._slots.masked, files, memory, self.channels, self.sampling == "sample"
         )
@@ -230,7 +231,9 @@ class LatentCache:
     def _note(self, picture: "_Bad") -> None:
         self._bad.extend(picture.problems)
         if picture.damaged:
-            self._damaged |= {Path(problem.where): problem.wrong for problem in picture.problems}
+            found = {Path(problem.where): problem.wrong for problem in picture.problems}
+            self._damaged |= found
+            self._before |= {path: state for path, state in picture.before.items() if path in found}
 
     def _add_masks(self) -> None:
         """Give a mask to files whose latents fit. Needs no VAE."""
@@ -240,7 +243,7 @@ class LatentCache:
             if isinstance(read, _Bad):
                 self._note(read)
             elif self._files is not None:
-                latent_files.add_mask(self._files.paths[slot], self.wanted[slot], read.hashes, read.mask)
+                self._files.add_mask(slot, read.hashes, read.mask)
 
         if self._maskless:
             added = ahead(add, self._maskless, threads=self.threads, depth=2 * self.threads)
@@ -251,8 +254,7 @@ class LatentCache:
     def _encode_all(self, encode: Encode, batch_size: int, memory: Held) -> None:
         def keep(done: _Encoded) -> None:
             if self._files is not None:
-                path = self._files.paths[done.slot]
-                latent_files.write(path, self.wanted[done.slot], done.hashes, done.latents, done.mask)
+                self._files.write(done.slot, done.hashes, done.latents, done.mask)
                 return
             memory.update({(done.slot, name): array for name, array in done.latents.items()})
             if done.mask is not None:
@@ -314,11 +316,12 @@ class LatentCache:
 
     def _read(self, slot: int) -> "_Picture | _Bad":
         wanted = self.wanted[slot]
+        before = {path: state for path in wanted.sources if (state := state_of(path)) is not None}
         try:
             hashes = latent_files.hash_sources(wanted) if self.to_disk else Hashes("")
             picture = read_picture(wanted.record, wanted.fit, wanted.subset)
         except UserError as error:
-            return _Bad(error.problems, _is_damage(error))
+            return _Bad(error.problems, _is_damage(error), before)
         except OSError as error:
             where = str(error.filename or wanted.path)
             return _Bad((Problem(where, f"can't be read ({error.strerror or error})", "replace or remove it"),))
@@ -337,10 +340,11 @@ class _Picture:
 
 @dataclass(frozen=True)
 class _Bad:
-    """A picture that can't be used; `damaged` if decoding showed it."""
+    """A picture that can't be used; `damaged` if decoding showed it of what its files were `before`."""
 
     problems: tuple[Problem, ...]
     damaged: bool = False
+    before: Mapping[Path, State] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -45,28 +45,58 @@ _MAGIC = b"\x93NUMPY\1\0"
 _PLAIN = re.compile(
     rb"\{'descr': '([<|][biufcSU]\d+)', 'fortran_order': False, 'shape': \((|\d+,|\d+(?:, \d+)+)\), \} *\n"
 )
+State = tuple[int, int, int]
+"""Size in bytes, time of the last change in ns, and inode: one of them is another when a file was replaced."""
 _Member = tuple[int, int, int]
 """Offset, length and checksum."""
+
+
+class ChangedError(OSError):
+    """A file isn't the one that was judged."""
 
 
 class _OtherKindError(Exception):
     """The file isn't laid out as the fast way expects. It may be a good one all the same."""
 
 
-def read(path: Path, *names: str, checked: bool = False) -> dict[str, NDArray[Any]]:
+def read(path: Path, *names: str, checked: bool = False, state: State | None = None) -> dict[str, NDArray[Any]]:
     """Those of the named entries that a file has; all of them if none is named. The arrays may be changed.
 
     Args:
         checked: compare each entry with its checksum, where the fast way wouldn't.
+        state: what the file must still be.
 
     Raises:
+        ChangedError: it has another state.
         OSError and others of UNREADABLE: there is no such file, or it is damaged.
     """
-    with path.open("rb", buffering=0) as file, contextlib.suppress(_OtherKindError, struct.error):
-        members = _members(file, os.fstat(file.fileno()).st_size)
-        wanted = [name for name in names if name in members] if names else list(members)
-        return {name: _array(file, name, members[name], checked) for name in wanted}
-    with _PARSING, np.load(path, allow_pickle=False) as loaded:
+    with path.open("rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if state is not None and _state(status) != state:
+            raise ChangedError("changed since it was judged")
+        with contextlib.suppress(_OtherKindError, struct.error):
+            members = _members(file, status.st_size)
+            wanted = [name for name in names if name in members] if names else list(members)
+            return {name: _array(file, name, members[name], checked) for name in wanted}
+        file.seek(0)
+        return _read_slowly(file, names)
+
+
+def state_of(path: Path) -> State | None:
+    """The state of a file; None if it can't be looked at."""
+    try:
+        return _state(path.stat())
+    except OSError:
+        return None
+
+
+def _state(status: os.stat_result) -> State:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _read_slowly(file: io.FileIO, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The entries of any file that numpy reads."""
+    with _PARSING, np.load(file, allow_pickle=False) as loaded:
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise ValueError("holds a single array")
         found = {name: loaded[name] for name in names or loaded.files if name in loaded.files}
@@ -75,8 +105,10 @@ def read(path: Path, *names: str, checked: bool = False) -> dict[str, NDArray[An
     return found
 
 
-def write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+def write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> State:
     """Write arrays, uncompressed, and flush them to the disk. Not atomic: give it a temporary name.
+
+    Returns the state of the file, which it keeps when it is renamed.
 
     Raises:
         OSError: the file can't be written; nothing is left of it.
@@ -89,6 +121,7 @@ def write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
             while rest:
                 rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
+            return _state(os.fstat(file.fileno()))
     except BaseException:
         path.unlink(missing_ok=True)
         raise

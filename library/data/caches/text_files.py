@@ -5,6 +5,7 @@ says from which caption, with which text encoders, and at which length the array
 nothing of the kind and are never used. Imports no torch; encoding captions is data.caches.text's.
 """
 
+import contextlib
 import hashlib
 import json
 from collections import defaultdict
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from library.data.caches import latent_files, npz
 from library.data.caches.latent_files import ENTRY, Verdict
-from library.data.caches.npz import UNREADABLE
+from library.data.caches.npz import UNREADABLE, State
 from library.data.caches.verified import Verified
 from library.errors import UserError
 
@@ -65,6 +66,7 @@ class TextFiles:
             files[caption].append(path)
         self.files = {caption: tuple(paths) for caption, paths in files.items()}
         self.verified = Verified(("ours",))
+        self._states: dict[Path, State] = {}
 
     def __contains__(self, caption: str) -> bool:
         return caption in self.files
@@ -85,21 +87,27 @@ class TextFiles:
         What was found before and can't have changed isn't read again, unless `afresh`.
         """
         description = self.description(caption)
-        if afresh:
-            return self._judge(path, description)
-        return cast(
-            Verdict, self.verified.verdict([path], json.dumps(description), lambda: self._judge(path, description))
-        )
+        state = npz.state_of(path)
 
-    def _judge(self, path: Path, description: dict[str, object]) -> Verdict:
-        try:
-            said, arrays = _open(path)
-        except FileNotFoundError:
-            return "absent"
-        except UNREADABLE:
-            return "damaged"
+        def judge() -> Verdict:
+            try:
+                return self._worth(*_open(path), description)
+            except FileNotFoundError:
+                return "absent"
+            except UNREADABLE:
+                return "damaged"
+
+        verdict = judge() if afresh else self.verified.verdict([path], json.dumps(description), judge)
+        if verdict == "ours" and state is not None:
+            self._states[path] = state
+        return cast(Verdict, verdict)
+
+    def _worth(
+        self, said: dict[str, object] | None, arrays: dict[str, NDArray[Any]], description: dict[str, object]
+    ) -> Verdict:
         if said is None:
             return "foreign"
+        said = said.copy()
         dtype = said.pop("dtype", None)
         hashed = said.pop("arrays", None)
         if said != description or dtype not in DTYPES:
@@ -113,16 +121,30 @@ class TextFiles:
         """The conditioning of a caption whose files fit.
 
         Raises:
-            UserError: its file went away or was damaged since it was checked.
+            UserError: its file went away, was damaged or was replaced since it was checked.
         """
         path = self.files[caption][0]
         try:
-            said, arrays = _open(path)
+            said, arrays = self._open_known(path, caption)
             states = tuple(arrays[f"hidden_state{n}"] for n in range(1, len(self.widths) + 1))
             return Encoded(states, arrays.get(f"pool{len(states)}"), str((said or {})["dtype"]))
         except UNREADABLE as error:
             wrong = f"cached text can't be read ({error})"
             raise UserError.single(str(path), wrong, "start again to rebuild it") from error
+
+    def _open_known(self, path: Path, caption: str) -> tuple[dict[str, object] | None, dict[str, NDArray[Any]]]:
+        """What is in a file that was judged; one that changed, or that another process made, is judged now."""
+        if path in self._states:
+            with contextlib.suppress(npz.ChangedError):
+                return _open(path, self._states[path])
+        state = npz.state_of(path)
+        said, arrays = _open(path)
+        if self._worth(said, arrays, self.description(caption)) != "ours":
+            advice = "start again, or use --cache_text_encoder_outputs, which keeps them in memory"
+            raise UserError.single(str(path), "another run has replaced it", advice)
+        if state is not None:
+            self._states[path] = state
+        return said, arrays
 
     def write(self, path: Path, caption: str, encoded: Encoded) -> None:
         """Write one file whole, in place of whatever stood there.
@@ -132,12 +154,12 @@ class TextFiles:
         """
         arrays = encoded.arrays()
         said = {**self.description(caption), "dtype": encoded.dtype, "arrays": latent_files.hash_arrays(arrays)}
-        latent_files.save(path, arrays, said, memory_flag="--cache_text_encoder_outputs")
+        self._states[path] = latent_files.save(path, arrays, said, memory_flag="--cache_text_encoder_outputs")
 
 
-def _open(path: Path) -> tuple[dict[str, object] | None, dict[str, NDArray[Any]]]:
-    """What a file says of itself (None if it has no entry of ours), and its arrays."""
-    arrays = npz.read(path)
+def _open(path: Path, state: State | None = None) -> tuple[dict[str, object] | None, dict[str, NDArray[Any]]]:
+    """What a file says of itself (None if it has no entry of ours), and its arrays; with a `state`, only of that."""
+    arrays = npz.read(path, state=state)
     entry = arrays.pop(ENTRY, None)
     said = None if entry is None else json.loads(str(entry))
     if not isinstance(said, dict | None):

@@ -1,22 +1,36 @@
-"""Looking after cached files: what the wanted ones are worth, and which of ours nobody wants any more.
+"""Looking after cached files: what the wanted ones are worth, and which of ours no run can use any more.
 
 Nothing here makes a cache, and files of other programs are never touched.
 """
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from library import console
-from library.data.caches import latent_files, npz
-from library.data.caches.latent_files import ENTRY, USABLE, Trust, Verdict
-from library.data.caches.npz import UNREADABLE
+from library.data.caches import npz
+from library.data.caches.latent_files import (
+    ENTRY,
+    LATENTS,
+    USABLE,
+    Trust,
+    Verdict,
+    hash_arrays,
+    hash_file,
+    leftovers,
+)
+from library.data.caches.npz import UNREADABLE, State
 from library.data.caches.slots import Files, Recipe, slots
 from library.data.caches.text_files import ENDING, TextFiles
 from library.data.caches.verified import in_order
 from library.data.caption_plan import size_text
 from library.data.plan import Plan
+from library.data.sources.images import Damage, decode, probe
+from library.data.sources.picture_files import is_picture, list_folder
 from library.errors import Problem, UserError
 
 _SAID = {
@@ -26,6 +40,8 @@ _SAID = {
     "damaged": "damaged",
     "maskless": "lacks its mask",
 }
+_MIDDLES = (re.compile(r"(.+)_\d{4,}x\d{4,}"), re.compile(r"(.+)_\d+x\d+_\d+x\d+"))
+_NUMBERED = re.compile(r"(.+)_\d+")
 
 
 @dataclass(frozen=True)
@@ -98,57 +114,140 @@ def endings(kind: str) -> tuple[str, ...]:
 TEXT_ENDINGS = (ENDING,)
 
 
-def prune(folders: Sequence[Path], findings: Sequence[Finding], ending: Sequence[str], *, dry_run: bool) -> int:
-    """Delete our files that nothing wants, and temporary ones that were left; say which. Returns the bytes freed.
+def prune(
+    plan: Plan, findings: Sequence[Finding], ending: Sequence[str], *, others: bool = False, dry_run: bool
+) -> int:
+    """Delete files of ours that no run can use any more, and temporary ones that were left; say which and why.
+
+    That are files whose picture is gone or has other content than the one that they were made from, and damaged ones.
+    The files of a picture that is there but can't be read stay.
 
     Args:
-        folders: where to look.
-        findings: on all files that are wanted, of the plans of these folders.
+        plan: whose folders are looked through.
+        findings: on all files that the plan wants.
         ending: of the names that may go.
+        others: delete also what only this plan doesn't want.
         dry_run: only say it.
+
+    Returns the bytes freed.
 
     Raises:
         UserError: a file can't be deleted.
     """
     kept = {finding.path.resolve() for finding in findings if finding.usable or finding.verdict == "maskless"}
-    unwanted = [
-        path
-        for folder in folders
-        for path in _files(folder)
-        if path.name.endswith(tuple(ending)) and path.resolve() not in kept and _is_ours(path)
-    ]
-    freed, problems = 0, []
-    unwanted += latent_files.leftovers(folders)
-    for path in unwanted:
+    records = defaultdict(list)
+    for record in plan.records:
+        records[record.path.parent.resolve()].append(record.path.name)
+    doomed: list[_Doomed] = []
+    folders = folders_of(plan)
+    for folder in folders:
+        judge = _Judge(folder, records[folder.resolve()], tuple(ending), others)
+        unwanted = [path for path in _files(folder, tuple(ending)) if path.resolve() not in kept]
+        doomed += [found for path in unwanted if (found := judge(path)) is not None]
+    doomed += [_Doomed(path, npz.state_of(path), "was left by a process that is gone") for path in leftovers(folders)]
+    freed, problems, gone = 0, [], 0
+    for one in doomed:
+        if one.state is None or npz.state_of(one.path) != one.state:
+            continue
         try:
-            size = path.stat().st_size
             if not dry_run:
-                path.unlink()
-        except FileNotFoundError:
-            continue
+                one.path.unlink()
         except OSError as error:
-            problems.append(Problem(str(path), f"can't be deleted ({error.strerror or error})"))
+            problems.append(Problem(str(one.path), f"can't be deleted ({error.strerror or error})"))
             continue
-        freed += size
-        print(f"{'would delete' if dry_run else 'deleted'} {path} ({size_text(size)})")
-    print(f"{len(unwanted) - len(problems)} files{' would go' if dry_run else ' are gone'}, {size_text(freed)}")
+        freed, gone = freed + one.state[0], gone + 1
+        print(f"{'would delete' if dry_run else 'deleted'} {one.path} ({size_text(one.state[0])}): {one.why}")
+    print(f"{gone} files{' would go' if dry_run else ' are gone'}, {size_text(freed)}")
     if problems:
         raise UserError(problems)
     return freed
 
 
-def _files(folder: Path) -> list[Path]:
+@dataclass(frozen=True)
+class _Doomed:
+    """A file to delete while it is still in this state, and why."""
+
+    path: Path
+    state: State | None
+    why: str
+
+
+class _Judge:
+    """Tells which files of a folder can go.
+
+    Args:
+        names: of pictures in it, besides those whose names tell that they are some.
+        others: whatever is ours can go.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], ending: tuple[str, ...], others: bool) -> None:
+        self._ending, self._others = ending, others
+        self._pictures: dict[str, set[Path]] = defaultdict(set)
+        for name in {*names, *list_folder(str(folder)).pictures}:
+            for base in (Path(name).stem, name):
+                self._pictures[base].add(folder / name)
+        self._hash = lru_cache(maxsize=None)(hash_file)
+
+    def __call__(self, path: Path) -> _Doomed | None:
+        state = npz.state_of(path)
+        if path.is_symlink() or not path.is_file():
+            return None
+        try:
+            said = json.loads(str(npz.read(path, ENTRY, state=state)[ENTRY]))
+        except UNREADABLE:
+            return None
+        why = self._why(path, said) if isinstance(said, dict) else ""
+        return _Doomed(path, state, why) if why else None
+
+    def _why(self, path: Path, said: dict[str, object]) -> str:
+        """Why a file of ours can go; empty if it stays."""
+        pictures = {picture for base in _bases(path.name, self._ending) for picture in self._pictures.get(base, ())}
+        if not pictures:
+            return "its picture is gone"
+        if _is_damaged(path, said):
+            return "it is damaged"
+        if "picture" in said and not any(self._may_be_of(picture, said) for picture in pictures):
+            return "its picture has changed"
+        return "these settings don't want it" if self._others else ""
+
+    def _may_be_of(self, picture: Path, said: dict[str, object]) -> bool:
+        """Whether latents were made from this picture, or nobody can tell because it can't be read."""
+        try:
+            same = self._hash(picture) == said["picture"]
+        except OSError:
+            return True
+        header = probe(picture)
+        if isinstance(header, Damage):
+            return True
+        return header.orientation == said.get("orientation") if same else decode(picture) is not None
+
+
+def _bases(name: str, ending: tuple[str, ...]) -> list[str]:
+    """What a cached file's name may start with, that of its picture with or without its extension."""
+    found = [Path(name).stem]
+    for one in ending:
+        rest = name.removesuffix(one)
+        if rest != name:
+            middles = () if one == ENDING else _MIDDLES
+            found += [rest] + [match[1] for pattern in middles if (match := pattern.fullmatch(rest))]
+            if (match := _NUMBERED.fullmatch(rest)) and is_picture(match[1]):
+                found.append(match[1])
+    return found
+
+
+def _is_damaged(path: Path, said: dict[str, object]) -> bool:
+    """Whether the arrays aren't those that our entry tells of. A bad mask beside good latents is mended by a run."""
+    names = (*LATENTS, ENTRY) if "picture" in said else ()
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix == ".npz")
+        found = npz.read(path, *names)
+    except UNREADABLE:
+        return True
+    found.pop(ENTRY, None)
+    return "arrays" in said and hash_arrays(found) != said["arrays"]
+
+
+def _files(folder: Path, ending: tuple[str, ...]) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.name.endswith(ending))
     except OSError:
         return []
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether our entry stands in it, whatever else does."""
-    if path.is_symlink() or not path.is_file():
-        return False
-    try:
-        return isinstance(json.loads(str(npz.read(path, ENTRY)[ENTRY])), dict)
-    except UNREADABLE:
-        return False

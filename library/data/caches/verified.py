@@ -74,8 +74,11 @@ class Verified:
                 there = {path.name for path in folder.iterdir()}
                 kept = {name: value for name, value in _read(place).items() if name in there}
                 place.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(json.dumps({**kept, **found}), encoding="utf-8")
-                temporary.replace(place)
+                try:
+                    temporary.write_text(json.dumps({**kept, **found}), encoding="utf-8")
+                    temporary.replace(place)
+                finally:
+                    temporary.unlink(missing_ok=True)
 
     def _of_folder(self, folder: Path) -> Verdicts:
         with self._lock:

@@ -4,19 +4,23 @@ Pictures are written once, byte for byte, into the subset's folder; rows that na
 Only columns are read, through Arrow: nothing is decoded, and torch isn't imported. The split is always `train`.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import posixpath
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from library.console import track
-from library.data.sources.listing import Findings, Listed
+from library.data.sources.listing import Findings, Listed, caption_of
 from library.data.sources.picture_files import Folders, some
 from library.errors import Problem, UserError, nearest
 from library.options.specs import Columns, HubDataset, SubsetSpec
@@ -37,6 +41,8 @@ _SIGNS = (
 )
 _OURS = re.compile(r"\d{6,}(-mask)?\.[a-z]+")
 _BATCH = 64
+_PATIENCE = 3.0
+"""Seconds until a hub that doesn't answer counts as out of reach."""
 _VERSION = 1
 
 
@@ -107,7 +113,8 @@ def _open(hub: HubDataset) -> Any:
 def _load(datasets: Any, hub: HubDataset, path: Path | None) -> Any:
     cache = None if hub.cache_dir is None else str(hub.cache_dir)
     if path is None:
-        return datasets.load_dataset(hub.name, hub.config, split=SPLIT, cache_dir=cache)
+        with _offline_if_unreachable(datasets):
+            return datasets.load_dataset(hub.name, hub.config, split=SPLIT, cache_dir=cache)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         found = datasets.load_from_disk(str(path))
         if not isinstance(found, datasets.DatasetDict):
@@ -123,6 +130,27 @@ def _load(datasets: Any, hub: HubDataset, path: Path | None) -> Any:
             raise UserError.single(hub.name, wrong, f"name a folder, or a file that ends in {', '.join(_FORMATS)}")
         return datasets.load_dataset(kind, data_files=str(path.resolve()), split=SPLIT, cache_dir=cache)
     return datasets.load_dataset(str(path.resolve()), hub.config, split=SPLIT, cache_dir=cache)
+
+
+@contextlib.contextmanager
+def _offline_if_unreachable(datasets: Any) -> Iterator[None]:
+    """Look into the cache alone where the hub doesn't answer: `datasets` would go on trying for half a minute."""
+    hub: Any = importlib.import_module("huggingface_hub.constants")
+    host = urlsplit(hub.ENDPOINT)
+    try:
+        if not getproxies():
+            socket.create_connection((host.hostname or "", host.port or 443), timeout=_PATIENCE).close()
+        reachable = True
+    except OSError:
+        reachable = False
+    switches: list[tuple[Any, bool]] = [(module, module.HF_HUB_OFFLINE) for module in (hub, datasets.config)]
+    try:
+        for module, value in switches:
+            module.HF_HUB_OFFLINE = value or not reachable
+        yield
+    finally:
+        for module, value in switches:
+            module.HF_HUB_OFFLINE = value
 
 
 def _own_cache(parent: Path, path: Path) -> Path:
@@ -149,8 +177,9 @@ def _failure(datasets: Any, hub: HubDataset, path: Path | None, error: Exception
     if path is None and datasets.config.HF_HUB_OFFLINE:
         wrong = "it isn't in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids to fetch it"
         return Problem(hub.name, wrong, "fetch it once while online, or name a local path")
-    if isinstance(error, ConnectionError):
-        return Problem(hub.name, f"the hub can't be reached, and it isn't in the cache ({text[:200]})")
+    if path is None and isinstance(error, OSError):
+        wrong = "there is no such path here, it isn't in the cache, and the hub has none or can't be reached"
+        return Problem(hub.name, wrong, f"name a path that exists, or fetch it once while online ({text[:150]})")
     cause = error.__cause__ or error.__context__
     why = f" ({' '.join(str(cause).split())[:200]})" if cause is not None and str(cause) not in text else ""
     return Problem(hub.name, f"the dataset can't be read: {text[:300]}{why}")
@@ -225,10 +254,11 @@ def _captions(rows: Any, column: str | None, spec: SubsetSpec, findings: Finding
     if column is None:
         return [None if spec.class_tokens else ""] * len(rows)
     texts = rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
-    empty = sum(not text for text in texts)
+    captions: list[str | None] = [caption_of(text or "", spec.caption.wildcards) for text in texts]
+    empty = captions.count("")
     if empty:
         findings.notices.append(f"{spec.name}: {empty} of {len(texts)} captions are empty")
-    return [text or "" for text in texts]
+    return captions
 
 
 def _listed(spec: SubsetSpec, exported: _Exported, captions: Sequence[str | None], findings: Findings) -> list[Listed]:
@@ -279,7 +309,8 @@ def _export(rows: Any, columns: Mapping[str, str], folder: Path, hub: HubDataset
     roles = {role: columns[role] for role in ("image", "mask") if role in columns}
     origin = {"version": _VERSION, "fingerprint": rows._fingerprint, "rows": len(rows), "columns": roles}
     try:
-        known = _known(folder, origin)
+        before = _manifest(folder)
+        known = _known(folder, before, origin)
         if known is not None:
             return known
         folder.mkdir(parents=True, exist_ok=True)
@@ -288,10 +319,8 @@ def _export(rows: Any, columns: Mapping[str, str], folder: Path, hub: HubDataset
         for row, values in enumerate(track(_values(rows, roles), "exporting pictures", len(rows))):
             for role, value in values.items():
                 files[role].append(_file(value, f"{row:06d}{'-mask' if role == 'mask' else ''}", folder, base))
-        made = {name for names in files.values() for name in names}
-        for entry in os.scandir(folder):
-            if _OURS.fullmatch(entry.name) and entry.name not in made:
-                Path(entry.path).unlink(missing_ok=True)
+        for name in _outdated(before, origin) - {name for names in files.values() for name in names}:
+            (folder / name).unlink(missing_ok=True)
         _write(folder / MANIFEST, json.dumps({"origin": origin, **files}).encode())
     except OSError as error:
         wrong = f"pictures can't be written to {folder}: {error.strerror or error}"
@@ -299,18 +328,37 @@ def _export(rows: Any, columns: Mapping[str, str], folder: Path, hub: HubDataset
     return _Exported(tuple(files["image"]), tuple(files.get("mask", ())))
 
 
-def _known(folder: Path, origin: Mapping[str, Any]) -> _Exported | None:
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What an earlier run wrote of its export, empty if there is nothing that can be read."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _known(folder: Path, manifest: Mapping[str, Any], origin: Mapping[str, Any]) -> _Exported | None:
     """What an earlier run exported from the same rows, if all of it is still there."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["origin"] != origin:
             return None
         exported = _Exported(tuple(manifest["image"]), tuple(manifest.get("mask", ())))
         there = {entry.name for entry in os.scandir(folder)}
         names = (*exported.images, *exported.masks)
         return exported if all(not name or "/" in name or name in there for name in names) else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, LookupError, TypeError):
         return None
+
+
+def _outdated(manifest: Mapping[str, Any], origin: Mapping[str, Any]) -> set[str]:
+    """The files that an earlier state of the same columns has made, and nobody else."""
+    try:
+        if manifest["origin"]["columns"] != origin["columns"]:
+            return set()
+        names = [name for role in origin["columns"] for name in manifest[role]]
+        return {name for name in names if _OURS.fullmatch(name)}
+    except (LookupError, TypeError):
+        return set()
 
 
 def _values(rows: Any, roles: Mapping[str, str]) -> Iterator[dict[str, Any]]:

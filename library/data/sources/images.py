@@ -10,7 +10,6 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,6 @@ from PIL import Image, UnidentifiedImageError
 
 from library.data.sources import fast_headers
 from library.data.sources.fast_headers import HEAD_BYTES, ORIENTATION_TAG, PNG_END, TAIL_BYTES
-from library.data.sources.reading import read_all
 
 PLUGINS = {
     "PNG": "PIL.PngImagePlugin",
@@ -87,11 +85,6 @@ def probe(path: Path | str) -> Header | Damage:
     finally:
         os.close(descriptor)
     return _ask_pillow(path) if found is None else _header(*found, status.st_size)
-
-
-def probe_all(paths: Sequence[Path | str], threads: int) -> list[Header | Damage]:
-    """`probe` of every path, in order, by up to `threads` threads."""
-    return read_all(probe, paths, threads=threads)
 
 
 def _header(width: int, height: int, orientation: int, length: int) -> Header:

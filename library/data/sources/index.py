@@ -3,7 +3,8 @@
 An index lies in its folder as `.lorasmith-index`, or in the user's cache folder where that folder can't be written. An
 entry counts only while name, size, both times and inode of its file are the same, and is made only of files that were
 left alone for two seconds: times might not show a change right after another. A damaged or foreign index is ignored and
-written anew. Several processes may write at once: each replaces the whole file, the last one stays.
+written anew. Several processes may write at once: each reads the file, adds what it found and replaces the whole, one
+after another where they share a cache folder and the system has `flock`; elsewhere the last one stays.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import time
 import zlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import repeat
@@ -27,9 +28,11 @@ from numpy.typing import NDArray
 from library.known_files import cache_folder
 
 Numbers = NDArray[np.int64]
+State = tuple[int, int, int, int]
+"""Size in bytes, mtime and ctime in ns, inode."""
 
 NAME = ".lorasmith-index"
-VERSION = 1
+VERSION = 2
 SETTLED = 2.0
 """Seconds that a file must have been left alone."""
 CAPTION, DAMAGE = -1, 0
@@ -38,6 +41,10 @@ _MAGIC = b"lorasmith index\n"
 _STATE, _FACTS = 4, 3
 _MISSING = (-1, 0, 0, 0)
 _INODE_BITS = (1 << 63) - 1
+_STALE = 3600.0
+"""Seconds after which a file that was being written counts as left over by a process that was killed."""
+_PATIENCE = 10.0
+"""So long a process waits for others that write; then it writes all the same."""
 _writing = threading.Lock()
 
 
@@ -89,6 +96,18 @@ class Index:
         return Index(names, self.states[chosen], self.facts[chosen], texts)
 
 
+def state_of(path: Path | str) -> State | None:
+    """The state of one file, to be taken before it is read; None where it can't be looked at."""
+    try:
+        return _state(Path(path).stat())
+    except (OSError, ValueError):
+        return None
+
+
+def _state(found: os.stat_result) -> State:
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INODE_BITS
+
+
 def states_of(folder: str, names: Iterable[str]) -> Numbers:
     """int64 (n, 4), as in `Index.states`, of files of a folder; a size of -1 where a file can't be looked at."""
     values = array("q")
@@ -99,7 +118,7 @@ def states_of(folder: str, names: Iterable[str]) -> Numbers:
         except (OSError, ValueError):
             add(_MISSING)
         else:
-            add((found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INODE_BITS))
+            add(_state(found))
     return np.frombuffer(values, np.int64).reshape(-1, _STATE)
 
 
@@ -109,9 +128,12 @@ def settled(states: Numbers, now: float) -> NDArray[np.bool_]:
     return np.asarray((states[:, 0] >= 0) & (states[:, 1:3] < latest).all(1))
 
 
-def load(folder: str) -> Index:
-    """The index of a folder; an empty one if there is none that can be read."""
-    for path in sorted(_places(folder), key=_written_at, reverse=True):
+def load(folder: str, kind: str = "") -> Index:
+    """The index of a folder; an empty one if there is none that can be read.
+
+    A `kind` is an index beside the one of headers and captions, such as `contents`. It lies in the user's cache folder.
+    """
+    for path in sorted(_places(folder, kind), key=_written_at, reverse=True):
         try:
             return _parse(path.read_bytes())
         except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
@@ -119,18 +141,26 @@ def load(folder: str) -> Index:
     return Index()
 
 
-def save(folder: str, index: Index) -> None:
-    """Replace the index of a folder. Does nothing where neither the folder nor the cache can be written."""
-    data = _written(index)
-    inside, outside = _places(folder)
-    with contextlib.suppress(OSError):
-        _replace(inside, data)
-        with contextlib.suppress(OSError):
-            outside.unlink(missing_ok=True)
-        return
-    with contextlib.suppress(OSError):
-        outside.parent.mkdir(parents=True, exist_ok=True)
-        _replace(outside, data)
+def add(folder: str, fresh: Index, there: Container[str] | None = None, kind: str = "") -> Index:
+    """Put entries into the index of a folder, beside those that are in it now; the index as it is then.
+
+    Damage that decoding has found stays, while its file is the same, when a header comes in its place. Does nothing
+    where neither the folder nor the cache can be written.
+
+    Args:
+        there: the names of files that haven't gone; entries of others are left out. None: all are there.
+    """
+    with _alone():
+        known = load(folder, kind)
+        rows = known.rows(fresh.names, fresh.states)
+        if (rows >= 0).any():
+            damaged = (rows >= 0) & (known.facts[rows, 2] == DAMAGE)
+            fresh = fresh.only(np.flatnonzero(~damaged | (fresh.facts[:, 2] == DAMAGE)).tolist())
+        if there is not None:
+            known = known.only([i for i, name in enumerate(known.names) if name in there])
+        found = known.joined(fresh)
+        _save(_places(folder, kind), _written(found))
+    return found
 
 
 def remember_damage(path: Path, wrong: str) -> None:
@@ -138,23 +168,26 @@ def remember_damage(path: Path, wrong: str) -> None:
     remember_damages({path: wrong})
 
 
-def remember_damages(found: Mapping[Path, str]) -> None:
+def remember_damages(found: Mapping[Path, str], *, before: Mapping[Path, State] | None = None) -> None:
     """Keep what only decoding has shown, path -> what is wrong, so that the next scan tells it without decoding.
 
     Unlike headers, damage is remembered of pictures that were just written, too: nobody mends one within the tick of a
     clock after its damage was told.
+
+    Args:
+        before: the state of each file before it was decoded (`state_of`). Damage is kept only of files that still have
+            that state: what was mended meanwhile is not called damaged. None: the files are taken as they are now.
     """
     folders: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for path, wrong in found.items():
-        folders[os.fspath(path.parent)].append((path.name, wrong))
+        if before is None or (path in before and state_of(path) == before[path]):
+            folders[os.fspath(path.parent)].append((path.name, wrong))
     for folder, pictures in folders.items():
         names = [name for name, _ in pictures]
         states = states_of(folder, names)
         facts = np.zeros((len(names), _FACTS), np.int64)
         damaged = Index(names, states, facts, [wrong for _, wrong in pictures])
-        there = [i for i in range(len(names)) if states[i, 0] >= 0]
-        with _writing:
-            save(folder, load(folder).joined(damaged.only(there)))
+        add(folder, damaged.only([i for i in range(len(names)) if states[i, 0] >= 0]))
 
 
 def now() -> float:
@@ -162,11 +195,54 @@ def now() -> float:
     return time.time()
 
 
-def _places(folder: str) -> tuple[Path, Path]:
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """No other thread, and no other process of this user on this machine, changes an index meanwhile.
+
+    Where that can't be had, the work is done all the same.
+    """
+    with _writing, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            path = cache_folder() / "lorasmith" / "folders.lock"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("ab"))
+            _wait_for(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        yield
+
+
+def _wait_for(take: Callable[[], None]) -> None:
+    """Call `take` until it gets the lock, but not for ever: its holder may have been stopped."""
+    start = time.monotonic()
+    while True:
+        try:
+            return take()
+        except BlockingIOError:
+            if time.monotonic() - start > _PATIENCE:
+                return None
+            time.sleep(0.01)
+
+
+def _places(folder: str, kind: str = "") -> tuple[Path, ...]:
     """Where the index of a folder may be, best first."""
     resolved = os.path.realpath(folder)
     digest = hashlib.blake2b(os.fsencode(resolved), digest_size=16).hexdigest()
-    return Path(folder, NAME), cache_folder() / "lorasmith" / "folders" / digest
+    inside, outside = Path(folder, NAME), cache_folder() / "lorasmith" / (kind or "folders") / digest
+    return (outside,) if kind else (inside, outside)
+
+
+def _save(places: Sequence[Path], data: bytes) -> None:
+    """Write an index at the first of its places that can be written, and remove it from the others."""
+    for i, path in enumerate(places):
+        with contextlib.suppress(OSError):
+            if i or len(places) == 1:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, data)
+            for other in places[i + 1 :]:
+                with contextlib.suppress(OSError):
+                    other.unlink(missing_ok=True)
+            return
 
 
 def _written_at(path: Path) -> int:
@@ -185,6 +261,20 @@ def _replace(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             fresh.unlink()
         raise
+    _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes have left of this file, names such as `_replace` gives."""
+    start = f"{path.name}."
+    with contextlib.suppress(OSError):
+        names = [entry.name for entry in os.scandir(path.parent) if entry.name.startswith(start)]
+        for name in names:
+            other = path.with_name(name)
+            with contextlib.suppress(OSError):
+                numbered = all(part.isdecimal() for part in name[len(start) :].split("."))
+                if numbered and other.stat().st_mtime < time.time() - _STALE:
+                    other.unlink()
 
 
 def _written(index: Index) -> bytes:

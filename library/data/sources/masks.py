@@ -3,13 +3,16 @@
 A mask has its picture's name, with any picture extension, in the folder of masks; or the source names it.
 """
 
+import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from library.data.sources.images import Damage, probe_all
+from library.data.sources.images import Damage
 from library.data.sources.listing import Findings, Listed
-from library.data.sources.picture_files import SHOWN, Folders, some
+from library.data.sources.picture_files import Folders, shortened, some
+from library.data.sources.reading import LateBar
+from library.data.sources.shelves import Shelves
 from library.errors import Problem
 from library.options.specs import SubsetSpec
 
@@ -85,16 +88,30 @@ def _notice_unused(base: str, folders: Folders, used: set[str], ambiguous: int, 
         findings.notices.append(f"{base}: {what} to no picture: {names}")
 
 
-def check_masks(wanted: Sequence[Masked], findings: Findings, *, threads: int = 1) -> list[int]:
+def check_masks(
+    wanted: Sequence[Masked], findings: Findings, *, threads: int = 1, shelves: Shelves | None = None
+) -> list[int]:
     """The length in bytes of each mask's file, in order; 0 where it can't be used.
 
-    Headers are read by up to `threads` threads. A mask that can't be read, or whose upright size isn't its picture's,
-    is a problem; ten are told, the others counted.
+    Headers are read by up to `threads` threads, or come from the indexes of the masks' folders, which also know of
+    damage that decoding has found; `shelves` are the folders that are open already. A mask that can't be read, or whose
+    upright size isn't its picture's, is a problem; ten are told, the others counted.
     """
-    headers = probe_all([Path(one.mask) for one in wanted], threads)
+    opened = shelves or Shelves()
+    places = [os.path.split(one.mask) for one in wanted]
+    folders: dict[str, list[str]] = defaultdict(list)
+    for folder, name in places:
+        folders[folder].append(name)
+    progress = LateBar("reading masks", len(wanted))
+    for folder, names in folders.items():
+        opened[folder].read_headers(names, threads=threads, progress=progress)
+    progress.close()
+    if shelves is None:
+        opened.close()
     wrong: list[Problem] = []
     lengths: list[int] = []
-    for one, header in zip(wanted, headers, strict=True):
+    for one, (folder, name) in zip(wanted, places, strict=True):
+        header = opened[folder].headers[name]
         lengths.append(0)
         if isinstance(header, Damage):
             wrong.append(Problem(one.mask, f"mask can't be used: {header.wrong}", header.advice))
@@ -103,10 +120,7 @@ def check_masks(wanted: Sequence[Masked], findings: Findings, *, threads: int = 
             wrong.append(Problem(one.mask, f"mask has {sizes}", "a mask must be as large as its picture"))
         else:
             lengths[-1] = header.file_bytes
-    findings.problems += wrong[:SHOWN]
-    if len(wrong) > SHOWN:
-        more = f"{len(wrong) - SHOWN} more of {len(wrong)} that can't be used"
-        findings.problems.append(Problem("masks", more, "mend them all"))
+    findings.problems += shortened(wrong, "masks")
     return lengths
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.data.sources.listing import Findings, Listed
+from library.data.sources.listing import Findings, Listed, caption_of, lines_of
 from library.data.sources.picture_files import SHOWN, Folders, is_picture, some
 from library.errors import Problem, UserError, nearest
 from library.options.lines import json_lines
@@ -63,21 +63,15 @@ def list_metadata(spec: SubsetSpec, findings: Findings) -> list[Listed]:
 
 def join_tags(caption: str, tags: str, separator: str, wildcards: bool) -> str:
     """Caption and tags of one metadata entry as one text; several lines only with wildcards."""
-    if "\n" in tags or "\r" in tags:
-        tags = separator.join(line for line in tags.splitlines() if line.strip())
-    lines = [caption]
-    if "\n" in caption or "\r" in caption:
-        lines = [line for line in caption.splitlines() if line.strip()]
-        lines = lines if wildcards else lines[:1]
-    if not caption.strip():
-        return tags
-    return "\n".join(f"{line}{separator}{tags}" for line in lines) if tags else "\n".join(lines)
+    lines, tags = lines_of(caption_of(caption, wildcards)), separator.join(lines_of(tags))
+    return "\n".join(f"{line}{separator}{tags}" for line in lines) if lines and tags else "\n".join(lines) or tags
 
 
 def list_jsonl(spec: SubsetSpec, findings: Findings) -> list[Listed]:
     """The pictures of `spec.metadata_file`, JSON objects by line whose columns `spec.columns` names, sorted by key.
 
-    Paths are absolute or relative to the file. The mask column may be absent; it is used if `spec.masks`.
+    Paths are absolute or relative to the file. The mask column may be absent; it is used if `spec.masks`. Of a caption
+    with several lines the first that isn't blank counts, with wildcards all of them.
     """
     path, columns = _file(spec), spec.columns
     reading = _Reading(path, path.parent, findings, spec.image_dir)
@@ -91,7 +85,7 @@ def list_jsonl(spec: SubsetSpec, findings: Findings) -> list[Listed]:
             if image == "":
                 reading.complain(line, None, f"column {columns.image} is empty")
             elif image is not None and caption is not None:
-                reading.named.append((line, image, caption, mask))
+                reading.named.append((line, image, caption_of(caption, spec.caption.wildcards), mask))
     except UserError as error:
         findings.problems += error.problems
         return []

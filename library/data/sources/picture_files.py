@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from library.data.sources.images import EXTENSIONS
+from library.errors import Problem
 
 SHOWN = 10
 """So many names stand in one message; the others are counted."""
@@ -80,6 +81,14 @@ def some(names: Sequence[str], shown: int = SHOWN) -> str:
     """Names in a message: the first ones, then how many more there are; what would break a line is escaped."""
     told = ", ".join(name if name.isprintable() else ascii(name)[1:-1] for name in names[:shown])
     return told + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def shortened(problems: Sequence[Problem], where: str, advice: str = "mend them all") -> list[Problem]:
+    """The first problems of files that can't be used, then how many more there are."""
+    more = len(problems) - SHOWN
+    if more <= 0:
+        return list(problems)
+    return [*problems[:SHOWN], Problem(where, f"{more} more of {len(problems)} that can't be used", advice)]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

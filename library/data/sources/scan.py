@@ -19,11 +19,10 @@ from library.data.sources.caption_files import Place, caption_from_name, find_ca
 from library.data.sources.folders import list_pictures
 from library.data.sources.hub_source import list_hub
 from library.data.sources.images import EXTENSIONS, Damage, Header
-from library.data.sources.index import remember_damages
 from library.data.sources.listing import Findings, Listed
 from library.data.sources.masks import Masked, check_masks, pair_masks
 from library.data.sources.metadata_files import list_jsonl, list_metadata
-from library.data.sources.picture_files import SHOWN, some
+from library.data.sources.picture_files import SHOWN, shortened, some
 from library.data.sources.reading import LateBar, default_threads
 from library.data.sources.shelves import Shelves, Text
 from library.data.sources.split import hold_out
@@ -73,10 +72,7 @@ class Scan:
     def check(self) -> None:
         """Raise a `UserError` if a real run can't use what was found; unreadable pictures are listed up to ten."""
         bad = () if self.skip_bad else self.unreadable
-        listed = list(self.problems) + list(bad[:SHOWN])
-        if len(bad) > SHOWN:
-            advice = "mend them all, or use --skip_bad_images"
-            listed.append(Problem("pictures", f"{len(bad) - SHOWN} more of {len(bad)} that can't be used", advice))
+        listed = [*self.problems, *shortened(bad, "pictures", "mend them all, or use --skip_bad_images")]
         if listed:
             raise UserError(listed)
 
@@ -165,6 +161,8 @@ def _survey(specs: Sequence[DatasetSpec], threads: int, skip_bad: bool, verify: 
             captioned=captioned,
             unreadable=broken,
         )
+    shelves.close()
+    findings.problems += shortened(list(findings.captions), "captions")
     _check_training_pictures(specs, sources, records, findings, skip_bad)
     if skip_bad:
         _notice_bad(findings)
@@ -236,13 +234,11 @@ def _read_headers(sources: Sequence[_Source], shelves: Shelves, threads: int, ve
     progress.close()
     if not verify:
         return
-    progress, cores = LateBar("decoding pictures", total), os.cpu_count() or 1
-    damaged: dict[Path, str] = {}
-    for folder, names in wanted.items():
-        damaged |= shelves[folder].decode_all(names, threads=cores, progress=progress)
-    progress.close()
     shelves.close()
-    remember_damages(damaged)
+    progress, cores = LateBar("decoding pictures", total), os.cpu_count() or 1
+    for folder, names in wanted.items():
+        shelves[folder].decode_all(names, threads=cores, progress=progress)
+    progress.close()
 
 
 def _caption_files(source: _Source, shelves: Shelves, findings: Findings) -> dict[str, list[str | None]]:
@@ -262,7 +258,6 @@ def _read_captions(
     for folder, names in wanted.items():
         shelves[folder].read_texts(names, threads=threads, progress=progress)
     progress.close()
-    shelves.close()
 
 
 def _by_folder(pairs: Iterable[tuple[str, Iterable[str | None]]]) -> dict[str, list[str]]:
@@ -291,7 +286,7 @@ def _records(
         for i, file in zip(part.places, files.get(part.folder, ()), strict=False):
             if file is not None and texts[i] is None:
                 texts[i] = _caption(shelf.texts[file], spec.caption.wildcards, findings)
-    masks = _masks(source, headers, findings, threads)
+    masks = _masks(source, headers, shelves, findings, threads)
     instead, dataset, subset = spec.class_tokens or "", source.dataset, source.subset
     top, repeats, is_reg = spec.image_dir, spec.num_repeats, spec.is_reg
     records, broken = [], 0
@@ -313,16 +308,15 @@ def _records(
 
 
 def _caption(text: Text, all_lines: bool, findings: Findings) -> str:
-    """The first line that isn't blank; all of them for wildcards, joined by newlines."""
+    """What trains of a caption file's lines; their problem is taken down where they can't be read."""
     if isinstance(text, Problem):
-        if text not in findings.problems:
-            findings.problems.append(text)
+        findings.captions[text] = None
         return ""
     return text if all_lines else text.partition("\n")[0]
 
 
 def _masks(
-    source: _Source, headers: Sequence[Header | Damage], findings: Findings, threads: int
+    source: _Source, headers: Sequence[Header | Damage], shelves: Shelves, findings: Findings, threads: int
 ) -> dict[int, tuple[str, int]]:
     """Path and length of the mask's file of each readable picture that has one, by its place in the source."""
     spec = source.spec
@@ -337,7 +331,7 @@ def _masks(
         if key in named and isinstance(header, Header):
             places.append(i)
             wanted.append(Masked(str(spec.image_dir / key), header.size, named[key]))
-    lengths = check_masks(wanted, findings, threads=threads)
+    lengths = check_masks(wanted, findings, threads=threads, shelves=shelves)
     return {i: (one.mask, length) for i, one, length in zip(places, wanted, lengths, strict=True)}
 
 

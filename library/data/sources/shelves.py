@@ -15,6 +15,7 @@ import numpy as np
 from library.data.sources import index as indexes
 from library.data.sources.images import Damage, Header, decode, probe
 from library.data.sources.index import CAPTION, DAMAGE, Index, Numbers
+from library.data.sources.listing import lines_of
 from library.data.sources.reading import LateBar, read_all
 from library.errors import Problem
 
@@ -49,7 +50,7 @@ class Shelf:
     def read_headers(self, names: Iterable[str], *, threads: int, progress: LateBar) -> None:
         """Find the headers of these pictures."""
         wanted = [name for name in dict.fromkeys(names) if name not in self.headers]
-        states, rows = self._look_up(wanted)
+        looked, states, rows = self._look_up(wanted)
         facts = self._index.facts[rows] if len(self._index.names) else np.empty((len(rows), 3), np.int64)
         facts[rows < 0, 2] = CAPTION
         unread = []
@@ -69,12 +70,12 @@ class Shelf:
             for i, header in zip(unread, found, strict=True)
             if isinstance(header, Header) and header.file_bytes == states[i, 0]
         ]
-        self._keep(wanted, states, new)
+        self._keep(wanted, states, looked, new)
 
     def read_texts(self, names: Iterable[str], *, threads: int, progress: LateBar) -> None:
         """Find the texts of these caption files."""
         wanted = [name for name in dict.fromkeys(names) if name not in self.texts]
-        states, rows = self._look_up(wanted)
+        looked, states, rows = self._look_up(wanted)
         kinds = self._index.facts[rows, 2].tolist() if len(self._index.names) else []
         unread = []
         for i, row in enumerate(rows.tolist()):
@@ -90,29 +91,33 @@ class Shelf:
             for i, text in zip(unread, found, strict=True)
             if isinstance(text, str) and len(text) <= _LONGEST_KEPT
         ]
-        self._keep(wanted, states, new)
+        self._keep(wanted, states, looked, new)
 
-    def decode_all(self, names: Iterable[str], *, threads: int, progress: LateBar) -> dict[Path, str]:
-        """Decode these pictures, of those whose headers are whole; what is wrong with the others, by path."""
+    def decode_all(self, names: Iterable[str], *, threads: int, progress: LateBar) -> None:
+        """Decode these pictures, of those whose headers are whole; damage takes their headers' places."""
         wanted = [name for name in dict.fromkeys(names) if isinstance(self.headers.get(name), Header)]
+        before = [indexes.state_of(f"{self.folder}/{name}") for name in wanted]
         found = self._read(decode, wanted, threads, progress, always=True)
         damaged = {name: damage for name, damage in zip(wanted, found, strict=True) if damage is not None}
         self.headers.update(damaged)
-        return {Path(self.folder, name): damage.wrong for name, damage in damaged.items()}
+        states = {Path(self.folder, name): state for name, state in zip(wanted, before, strict=True) if state}
+        told = {Path(self.folder, name): damage.wrong for name, damage in damaged.items()}
+        indexes.remember_damages(told, before=states)
 
     def close(self) -> None:
         """Write what is new into the folder's index, without files that have gone."""
-        there = [i for i, name in enumerate(self._index.names) if name in self.names]
-        if not self._fresh and len(there) == len(self._index.names):
+        if not self._fresh and all(name in self.names for name in self._index.names):
             return
-        found = self._index.only(there)
-        for fresh in self._fresh:
-            found = found.joined(fresh)
-        indexes.save(self.folder, found)
+        fresh = Index()
+        for found in self._fresh:
+            fresh = fresh.joined(found)
+        self._index, self._fresh = indexes.add(self.folder, fresh, self.names), []
 
-    def _look_up(self, names: Sequence[str]) -> tuple[Numbers, Numbers]:
+    def _look_up(self, names: Sequence[str]) -> tuple[float, Numbers, Numbers]:
+        """When the files were looked at, their states, and their rows in the index."""
+        looked = indexes.now()
         states = indexes.states_of(self.folder, names)
-        return states, self._index.rows(names, states)
+        return looked, states, self._index.rows(names, states)
 
     def _read(
         self,
@@ -128,15 +133,19 @@ class Shelf:
         )
 
     def _keep(
-        self, names: Sequence[str], states: Numbers, new: Sequence[tuple[int, tuple[int, int, int], str]]
+        self, names: Sequence[str], states: Numbers, looked: float, new: Sequence[tuple[int, tuple[int, int, int], str]]
     ) -> None:
-        """Entries for the index, (place in `names`, facts, text), of files that were left alone for long enough."""
-        calm = indexes.settled(states, indexes.now()).tolist()
+        """Entries for the index, (place in `names`, facts, text), of files that had been left alone for long enough
+        when they were looked at, and that are the same after they were read."""
+        calm = indexes.settled(states, looked).tolist()
         kept = [entry for entry in new if calm[entry[0]]]
-        if kept:
-            rows, facts, texts = zip(*kept, strict=True)
-            chosen = np.array(rows, np.int64)
-            self._fresh.append(Index([names[i] for i in rows], states[chosen], np.array(facts, np.int64), list(texts)))
+        if not kept:
+            return
+        rows, facts, texts = zip(*kept, strict=True)
+        chosen, known = np.array(rows, np.int64), [names[i] for i in rows]
+        same = (indexes.states_of(self.folder, known) == states[chosen]).all(1)
+        found = Index(known, states[chosen], np.array(facts, np.int64), list(texts))
+        self._fresh.append(found.only(np.flatnonzero(same).tolist()))
 
 
 class Shelves:
@@ -179,4 +188,4 @@ def read_caption(path: str) -> Text:
         return Problem(path, wrong, "save it as UTF-8")
     except OSError as error:
         return Problem(path, f"caption can't be read: {error.strerror or error}")
-    return "\n".join(line for raw in text.splitlines() if (line := raw.strip()))
+    return "\n".join(lines_of(text))
