@@ -33,7 +33,7 @@ def _run(arguments: Sequence[str]) -> int:
 
         prepared = prepare(options)
     except UserError as error:
-        return console.complain(error) if first else 2
+        return console.complain(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
     for line in prepared.notices:
         console.say(line)
     if options.config.dry_run:

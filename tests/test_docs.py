@@ -80,7 +80,7 @@ def test_keys_named_in_the_page_about_datasets_exist() -> None:
     named = set(re.findall(r"`(?:--)?([a-z]+(?:_[a-z]+)+)(?: = [^`]*)?`", text))
     aside = {"diff_output_preservation", "target_resolution", "start_dim", "end_dim", "divisible_by"}
     items = {"loss_weights", "alpha_masks", "original_sizes_hw", "crop_top_lefts", "target_sizes_hw"}
-    items |= {"network_multipliers"}
+    items |= {"network_multipliers", "prune_others"}
     assert named - aside - items <= set(FLAGS) | set(KEYS)
 
 

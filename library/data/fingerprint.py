@@ -114,7 +114,8 @@ def contents(plan: "Plan") -> str:
     """A hash of what is in the files of a plan's pictures and masks, in their order; names and places don't count.
 
     A picture that was painted over has the same length, and `Plan.fingerprint` doesn't see it. Whole files are hashed
-    up to `WHOLE_FILES` of them or `WHOLE_BYTES` in all; beyond that the first, middle and last 16 KiB of each, which a
+    up to `WHOLE_BYTES` in all, or 8 times that of at most `WHOLE_FILES`; beyond that the first, middle and last 16 KiB
+    of each, which a
     small change between them escapes. What was found is remembered in the user's cache folder while a file's size,
     times and inode are the same, so a second start opens no picture.
 
@@ -130,7 +131,8 @@ def contents(plan: "Plan") -> str:
         lengths[picture] = record.file_bytes
         if record.mask is not None:
             lengths[record.mask] = record.mask_bytes
-    whole = len(lengths) <= WHOLE_FILES or sum(lengths.values()) <= WHOLE_BYTES
+    total = sum(lengths.values())
+    whole = total <= WHOLE_BYTES or (len(lengths) <= WHOLE_FILES and total <= 8 * WHOLE_BYTES)
     folders: dict[str, list[str]] = defaultdict(list)
     for path in lengths:
         folder, _, name = path.rpartition("/")

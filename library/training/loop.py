@@ -118,7 +118,7 @@ class Loop:
         except UserError:
             if self.updates_done and self.processes.is_main:
                 self.events.save(self.events.saves.on_stop(self.updates_done), self.updates_done)
-                say(f"the work up to step {self.updates_done} is saved")
+                say(f"the work up to step {self.updates_done} is saved; with other pictures, --network_weights goes on")
             raise
 
     def _update(self, group: Sequence[Batch]) -> tuple[float, int]:

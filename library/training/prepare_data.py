@@ -4,6 +4,7 @@ What trains on them, and when, is library.training.prepare's; tools that only ma
 """
 
 import os
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -138,30 +139,23 @@ def find_data(options: Options, collect: Collector, vae_factor: int, notices: li
 
 
 def _unwritable(options: Options, records: Sequence[ImageRecord]) -> Iterator[Problem]:
-    """Folders that can't take the caches that pictures in them still lack."""
-    caching = options.caching
-    wanted = [
-        (flag, ending)
-        for flag, ending in (("cache_latents_to_disk", ".npz"), ("cache_text_encoder_outputs_to_disk", ENDING))
-        if options.value(flag)
-    ]
-    if not wanted or caching.skip_cache_check:
+    """Folders that can't take the latents that some picture in them surely lacks; what is there isn't judged here."""
+    if not options.caching.cache_latents_to_disk:
         return
     folders: dict[Path, list[str]] = defaultdict(list)
     for record in records:
-        folders[record.folder / record.key.rpartition("/")[0]].append(record.key.rpartition("/")[2])
-    for folder, names in folders.items():
+        inner, _, name = record.key.rpartition("/")
+        folders[record.folder / inner].append(name.rpartition(".")[0])
+    for folder, stems in folders.items():
         if os.access(folder, os.W_OK):
             continue
-        there = [path.name for path in folder.iterdir() if path.suffix == ".npz"]
-        stems = {name.rpartition(".")[0] for name in names}
-        for flag, ending in wanted:
-            cached = {name.removesuffix(ending) for name in there if name.endswith(ending)}
-            if ending != ENDING:
-                cached |= {name.rsplit("_", 2)[0] for name in there if name.count("_") > 1}
-            if not stems <= cached:
-                advice = f"make it writable, or use --{flag.removesuffix('_to_disk')}"
-                yield Problem(options.where(flag), f"{folder} can't be written to", advice)
+        names = sorted(path.name for path in folder.iterdir() if path.suffix == ".npz" and ENDING not in path.name)
+        for stem in stems:
+            place = bisect_left(names, stem)
+            if place == len(names) or not names[place].startswith(stem):
+                wrong = f"{folder} can't be written to, and {stem} has no latents there"
+                yield Problem(options.where("cache_latents_to_disk"), wrong, "make it writable, or use --cache_latents")
+                break
 
 
 def _custom(options: Options, vae_factor: int) -> Data:

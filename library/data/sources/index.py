@@ -212,14 +212,19 @@ def _alone() -> Iterator[None]:
         yield
 
 
+_gave_up = threading.Event()
+"""The lock's holder was waited for in vain; nobody waits for it again."""
+
+
 def _wait_for(take: Callable[[], None]) -> None:
-    """Call `take` until it gets the lock, but not for ever: its holder may have been stopped."""
+    """Call `take` until it gets the lock, but not for ever, and only once: its holder may have been stopped."""
     start = time.monotonic()
     while True:
         try:
             return take()
         except BlockingIOError:
-            if time.monotonic() - start > _PATIENCE:
+            if _gave_up.is_set() or time.monotonic() - start > _PATIENCE:
+                _gave_up.set()
                 return None
             time.sleep(0.01)
 

@@ -123,10 +123,12 @@ def _identity(record: ImageRecord, resolved: dict[Path, str]) -> tuple[int, int]
     stat = os.stat  # in half the time of Path.stat
     try:
         found = stat(record.key if record.key.startswith("/") else f"{record.folder}/{record.key}")
-        return found.st_dev, found.st_ino
+        if found.st_ino:
+            return found.st_dev, found.st_ino
     except (OSError, ValueError):
-        folder = resolved.get(record.folder) or resolved.setdefault(record.folder, str(record.folder.resolve()))
-        return record.key if record.key.startswith("/") else f"{folder}/{record.key}"
+        pass
+    folder = resolved.get(record.folder) or resolved.setdefault(record.folder, str(record.folder.resolve()))
+    return record.key if record.key.startswith("/") else f"{folder}/{record.key}"
 
 
 def _place(spec: SubsetSpec) -> str:
