@@ -66,27 +66,6 @@ def read_picture(
     return cut(picture, fit.bucket, augmentation)
 
 
-def read_pixels(
-    record: ImageRecord,
-    fit: Fit,
-    *,
-    interpolation: str | None = None,
-    flip: bool = False,
-    crop: tuple[int, int] | None = None,
-) -> Pixels:
-    """The pixels of one sample without its mask, uint8 (height, width, 3) of `fit.bucket`.
-
-    Args:
-        interpolation: one of `INTERPOLATIONS`; None shrinks by area means and enlarges by Lanczos.
-        crop: (left, top) of the cut from the resized picture; None cuts the centre.
-
-    Raises:
-        UserError: the file can't be decoded, or isn't the picture any more whose header was read.
-    """
-    picture = scaled(_picture_of(record, alpha=False), fit.resized, interpolation)
-    return cut(picture, fit.bucket, Augmentation(flip, crop or fit.crop, fit.resized)).pixels
-
-
 def decoded(record: ImageRecord, *, alpha: bool) -> Picture:
     """Upright picture and mask at their own size; `alpha` takes the mask from the alpha channel if no picture is named.
 

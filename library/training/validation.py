@@ -36,7 +36,8 @@ class Validation:
 
     def run(self) -> float:
         """The mean loss over samples and timesteps, of all processes together. Nothing is changed by it."""
-        total, count = 0.0, 0
+        sums: list[torch.Tensor] = []
+        count = 0
         denoising = self._denoising
         denoising.trainable.train(False)
         try:
@@ -47,12 +48,13 @@ class Validation:
                         at = Coordinates(self._seed, 1, batch.index, batch.positions, "validation")
                         for timestep in fixed_timesteps(denoising.noise):
                             chosen = torch.full((len(batch.positions),), timestep)
-                            total += float(denoising.losses(batch, at, chosen).sum())
+                            sums.append(denoising.losses(batch, at, chosen).sum())
                             count += len(batch.positions)
                     if batch.index + 1 >= self._wanted:
                         break
                 epoch.close()
         finally:
             denoising.trainable.train(True)
-        total, number = denoising.processes.sum_numbers([total, float(count)])
+        mine = float(torch.stack(sums).cpu().double().sum()) if sums else 0.0
+        total, number = denoising.processes.sum_numbers([mine, float(count)])
         return total / max(1.0, number)

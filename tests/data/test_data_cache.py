@@ -16,11 +16,12 @@ from PIL import Image
 from library.data.buckets import legacy_crop
 from library.data.caches import latent_files
 from library.data.caches.latents import LatentCache, LatentStore
-from library.data.pixels import read_pixels, unit_range
+from library.data.pixels import unit_range
 from library.data.plan import Plan, build_plan
 from library.data.sources import scan as sources
 from library.errors import UserError
 from library.options.specs import DatasetSpec
+from tests.pixels import read_pixels
 
 MakePicture = Callable[..., Path]
 MakeSpec = Callable[..., DatasetSpec]

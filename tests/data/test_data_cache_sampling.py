@@ -15,11 +15,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from library.data.caches import latents as cache
 from library.data.caches import npz
 from library.data.caches.latents import LatentCache, LatentStore
-from library.data.pixels import read_pixels, unit_range
+from library.data.pixels import unit_range
 from library.data.plan import Plan
 from library.errors import UserError
 from library.options.specs import DatasetSpec
 from tests.data.test_data_cache import Counting, encode, plan_for, write_foreign
+from tests.pixels import read_pixels
 
 MakePicture = Callable[..., Path]
 MakeSpec = Callable[..., DatasetSpec]

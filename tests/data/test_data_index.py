@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.data.sources import images, index, shelves
-from library.data.sources.index import NAME, Index, remember_damage, remember_damages, state_of
+from library.data.sources.index import NAME, Index, remember_damages, state_of
 from library.data.sources.reading import LateBar
 from library.data.sources.scan import Scan, scan, survey
 from library.errors import UserError
@@ -231,7 +231,7 @@ def test_no_place_at_all_is_no_problem(
 def test_damage_is_remembered_until_the_file_changes(
     folder: Path, make_picture: MakePicture, make_spec: MakeSpec
 ) -> None:
-    remember_damage(folder / "1.jpg", "its third scan is damaged")
+    remember_damages({folder / "1.jpg": "its third scan is damaged"})
     remember_damages({folder / "2.png": "bad pixels", folder / "gone.png": "bad pixels"})
     with pytest.raises(UserError) as error:
         scan([make_spec(folder)])
@@ -248,7 +248,7 @@ def test_damage_is_remembered_until_the_file_changes(
 
 def test_damage_and_headers_live_side_by_side(folder: Path, make_spec: MakeSpec, settled: None) -> None:
     scan([make_spec(folder)])
-    remember_damage(folder / "1.jpg", "damaged")
+    remember_damages({folder / "1.jpg": "damaged"})
     with opened() as files:
         found = survey([make_spec(folder)])
     assert files == []
@@ -349,7 +349,7 @@ def test_a_header_never_takes_the_place_of_damage(folder: Path, make_spec: MakeS
     shelf = shelves.Shelf(str(folder))
     bar = LateBar("", 1)
     shelf.read_headers(["0.png", "2.png"], threads=1, progress=bar)
-    remember_damage(folder / "2.png", "bad pixels")
+    remember_damages({folder / "2.png": "bad pixels"})
     shelf.close()
     shelf.close()
     assert [Path(one.where).name for one in survey([make_spec(folder)]).unreadable] == ["2.png"]
@@ -360,11 +360,11 @@ def test_damage_that_two_processes_find_at_once_is_kept_of_both(folder: Path) ->
     code = f"""
 import sys
 from pathlib import Path
-from library.data.sources.index import remember_damage
+from library.data.sources.index import remember_damages
 for i in range(60):
     path = Path({str(folder)!r}, sys.argv[1] + str(i))
     path.touch()
-    remember_damage(path, "damaged")
+    remember_damages({{path: "damaged"}})
 """
     runs = [subprocess.Popen([sys.executable, "-c", code, name], cwd=ROOT, env=environment()) for name in "xy"]
     assert [run.wait(timeout=120) for run in runs] == [0, 0]

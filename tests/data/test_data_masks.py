@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from library.data.sources.index import remember_damage
+from library.data.sources.index import remember_damages
 from library.data.sources.listing import Findings, Listed
 from library.data.sources.masks import Masked, check_masks, pair_masks
 from library.data.sources.scan import survey
@@ -146,7 +146,7 @@ def test_damage_that_decoding_found_is_told(tmp_path: Path, make_picture: MakePi
     """Until the mask is replaced; also where a whole scan asks."""
     make_picture(tmp_path / "10_cat/a.png")
     mask = make_picture(tmp_path / "masks/a.png")
-    remember_damage(mask, "its data is damaged")
+    remember_damages({mask: "its data is damaged"})
     spec = DatasetSpec(1, (64, 64), (spec_of(tmp_path),))
     wanted = f"{mask}: mask can't be used: its data is damaged; replace or remove it"
     findings = Findings()

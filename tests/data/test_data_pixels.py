@@ -13,13 +13,14 @@ from PIL import Image, ImageOps
 
 from library.data.augment import draw
 from library.data.buckets import Fit
-from library.data.pixels import INTERPOLATIONS, Picture, decoded, read_picture, read_pixels, resize, unit_range
+from library.data.pixels import INTERPOLATIONS, Picture, decoded, read_picture, resize, unit_range
 from library.data.plan import build_plan
 from library.data.records import ImageRecord
 from library.data.sources import scan as sources
 from library.data.sources.images import Header, probe
 from library.errors import UserError
 from library.options.specs import DatasetSpec, SubsetSpec
+from tests.pixels import read_pixels
 
 MakePicture = Callable[..., Path]
 MakeSpec = Callable[..., DatasetSpec]

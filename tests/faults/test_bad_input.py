@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from tests.pictures import make_pictures
+from tests.pictures import SIZES, make_pictures
 from tests.programs import environment
 
 RUN = "import sys, train_network as t; code = t.main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
@@ -23,9 +23,10 @@ class Job:
     folder: Path
     model: Path
     options: dict[str, str] = field(default_factory=dict)
+    sizes: Sequence[tuple[int, int]] = SIZES
 
     def __post_init__(self) -> None:
-        make_pictures(self.folder / "pictures", count=3)
+        make_pictures(self.folder / "pictures", count=3, sizes=self.sizes)
         self.options = {
             "--pretrained_model_name_or_path": str(self.model),
             "--train_data_dir": str(self.folder / "pictures"),
@@ -38,9 +39,10 @@ class Job:
             "--max_train_steps": "1",
         }
 
-    def write(self, name: str, text: str) -> Path:
+    def write(self, name: str, content: str | bytes) -> Path:
         path = self.folder / name
-        path.write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
     def run(self) -> subprocess.CompletedProcess[str]:

@@ -8,8 +8,8 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import train_network
-from tests.pictures import make_pictures
+from tests.faults import test_bad_input
 from tests.programs import environment
 
 pytestmark = pytest.mark.xdist_group("data_faults")
@@ -39,33 +39,14 @@ for line in open(sys.argv[1]):
 
 
 @dataclass
-class Job:
-    """A good command line for a tiny model and one folder of pictures, `2_thing`; a case spoils one thing of it."""
+class Job(test_bad_input.Job):
+    """The same with pictures of one size, in `things`."""
 
-    folder: Path
-    model: Path
-    options: dict[str, str] = field(default_factory=dict)
+    sizes: Sequence[tuple[int, int]] = ((80, 64),)
 
-    def __post_init__(self) -> None:
-        make_pictures(self.folder / "pictures", count=3, sizes=((80, 64),))
-        self.things = self.folder / "pictures" / "2_thing"
-        self.options = {
-            "--pretrained_model_name_or_path": str(self.model),
-            "--train_data_dir": str(self.folder / "pictures"),
-            "--output_dir": str(self.folder / "output"),
-            "--output_name": "x",
-            "--network_module": "networks.lora",
-            "--network_dim": "2",
-            "--resolution": "64",
-            "--caption_extension": ".txt",
-            "--max_train_steps": "1",
-        }
-
-    def write(self, name: str, content: str | bytes) -> Path:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
+    @property
+    def things(self) -> Path:
+        return self.folder / "pictures" / "2_thing"
 
     def config(self, *subsets: str, dataset: str = "", more: str = "") -> None:
         """A dataset file in place of the folder: line 1 is [[datasets]], line 3 the first [[datasets.subsets]]."""

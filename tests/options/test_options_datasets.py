@@ -414,3 +414,11 @@ def test_the_split_has_a_seed_of_its_own(run: Run, tmp_path: Path) -> None:
         load_datasets(run(*flags, *more.split()))[0].split_seed
         for more in ("", "--seed 4", "--seed 4 --validation_seed 9")
     ] == [0, 0, 9]
+
+
+def test_masks_by_flag_are_not_asked_of_regularization_pictures(run: Run, tmp_path: Path) -> None:
+    for name in ("train/1_cat", "reg/1_animal"):
+        (tmp_path / name).mkdir(parents=True)
+    flags = ["--train_data_dir", f"{tmp_path}/train", "--reg_data_dir", f"{tmp_path}/reg", "--resolution", "64"]
+    (spec,) = load_datasets(run(*flags, "--masked_loss", "--conditioning_data_dir", f"{tmp_path}/a"))
+    assert [subset.mask_dir for subset in spec.subsets] == [tmp_path / "a", None]

@@ -163,11 +163,6 @@ def add(folder: str, fresh: Index, there: Container[str] | None = None, kind: st
     return found
 
 
-def remember_damage(path: Path, wrong: str) -> None:
-    """`remember_damages` of one picture."""
-    remember_damages({path: wrong})
-
-
 def remember_damages(found: Mapping[Path, str], *, before: Mapping[Path, State] | None = None) -> None:
     """Keep what only decoding has shown, path -> what is wrong, so that the next scan tells it without decoding.
 
