@@ -47,6 +47,8 @@ PLANNING = [
     "library.models.lora_targets",
     "library.weights.model_hash",
     "library.training.prepare",
+    "library.training.learning_rates",
+    "library.training.run_settings",
     "library.training.prepare_data",
     "library.training.dry_run",
     "library.training.text_use",

@@ -4,7 +4,8 @@ from typing import Literal
 
 from library.options.flags import Group, equivalent, honoured, refused
 
-_SDPA = "attention always uses torch's scaled-dot-product kernels"
+_SDPA = "attention uses torch's scaled-dot-product kernels anyway"
+_NO_COMPILER = "torch has no such compiler any more; use inductor"
 
 
 class Model(Group):
@@ -27,6 +28,12 @@ class Model(Group):
     )
     gradient_checkpointing: bool = honoured(
         False, "keep less in memory and compute it again when it is needed (slower)"
+    )
+    gradient_checkpointing_every: int = honoured(
+        1, "with --gradient_checkpointing, only every n-th block: faster, and more memory", ge=1
+    )
+    gradient_checkpointing_attention_only: bool = honoured(
+        False, "with --gradient_checkpointing, only the attention blocks, which need the most"
     )
     deterministic: bool = honoured(False, "on CUDA, use only kernels that give the same bits every time (slower)")
     vae: str | None = honoured(
@@ -59,25 +66,42 @@ class Model(Group):
     tokenizer_cache_dir: str | None = equivalent(None, "where tokenizers are kept", "tokenizers come with the package")
     no_half_vae: bool = honoured(False, "keep the VAE in float32 where --mixed_precision would run it in 16 bits")
     sdpa: bool = equivalent(False, "use scaled-dot-product attention", _SDPA)
-    xformers: bool = equivalent(False, "use xformers' attention", _SDPA)
-    mem_eff_attn: bool = equivalent(False, "use memory-saving attention", _SDPA)
+    xformers: bool = honoured(
+        False, "use xformers' attention; where it can't run, torch's, which gives the same result"
+    )
+    mem_eff_attn: bool = honoured(
+        False, "use only torch's memory-saving attention kernel on CUDA (wins over --xformers)"
+    )
     lowram: bool = equivalent(False, "load the model straight to the GPU", "weights go to the device tensor by tensor")
     highvram: bool = equivalent(False, "don't empty the GPU's cache", "the GPU's cache is not emptied between batches")
     disable_mmap_load_safetensors: bool = equivalent(
         False, "read files instead of mapping them", "files are read, never mapped"
     )
-    full_fp16: bool = refused(False, "train in fp16", "what is trained stays in float32; use --mixed_precision fp16")
-    full_bf16: bool = refused(False, "train in bf16", "what is trained stays in float32; use --mixed_precision bf16")
-    fp8_base: bool = refused(False, "hold the base model in fp8", "not supported yet; use --mixed_precision bf16")
-    fp8_base_unet: bool = refused(False, "hold the U-Net in fp8", "not supported yet; use --mixed_precision bf16")
+    full_fp16: bool = honoured(False, "what is trained is kept in fp16, too; needs --mixed_precision fp16")
+    full_bf16: bool = honoured(
+        False, "what is trained is kept in bf16, too, rounded stochastically; needs --mixed_precision bf16"
+    )
+    fp8_base: bool = honoured(
+        False, "keep the frozen weights of U-Net and text encoders in fp8; needs --mixed_precision bf16 or fp16"
+    )
+    fp8_base_unet: bool = honoured(False, "the same for the U-Net only")
+    offload_text_encoders: bool = honoured(
+        False, "keep text encoders that aren't trained in RAM, and on the GPU only while they encode"
+    )
+    offload_during_sampling: bool = honoured(
+        False, "move to RAM what a preview doesn't need, while it is drawn: optimizer state, and what has done its part"
+    )
     cpu_offload_checkpointing: bool = refused(
         False,
         "keep checkpointed activations in RAM",
         "Stable Diffusion U-Nets have no such mode; use --gradient_checkpointing",
     )
-    torch_compile: bool = refused(False, "compile the model", "not supported yet; leave it out")
+    torch_compile: bool = honoured(
+        False, "compile the U-Net's blocks: the first steps take minutes, all others less time"
+    )
     dynamo_backend: Literal[
         "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs",
         "ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm",
-    ] = refused("inductor", "compiler of --torch_compile", "not supported yet; leave it out", needs="torch_compile",
-                synonyms={"no": "inductor"})  # fmt: skip
+    ] = honoured("inductor", "compiler of --torch_compile", synonyms={"no": "inductor"},
+                 refuse=dict.fromkeys(
+                     ("aot_ts_nvfuser", "nvprims_nvfuser", "ofi", "fx2trt", "tensort"), _NO_COMPILER))  # fmt: skip

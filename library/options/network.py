@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from library.options.flags import Group, honoured, refused
+from library.options.flags import Group, honoured
 
 
 class Network(Group):
@@ -16,22 +16,19 @@ class Network(Group):
     network_dropout: float | None = honoured(None, "how often a value between down and up is dropped", ge=0, lt=1)
     network_args: tuple[str, ...] | None = honoured(
         None,
-        "the module's settings; networks.lora: conv_dim, conv_alpha, rank_dropout, module_dropout; lycoris.kohya: algo "
-        "and more",
+        "the module's settings, such as conv_dim=8 for networks.lora; docs/networks.md has those of every module",
         metavar="KEY=VALUE",
     )
     network_weights: Path | None = honoured(None, "weights to start from, with their alpha")
     dim_from_weights: bool = honoured(False, "take ranks and alphas from --network_weights")
     network_train_unet_only: bool = honoured(False, "train only the U-Net's part")
     network_train_text_encoder_only: bool = honoured(False, "train only the text encoders' part")
-    scale_weight_norms: float | None = refused(
-        None, "keep the weights' norm below this", "not supported yet; leave it out"
+    scale_weight_norms: float | None = honoured(
+        None, "after each step, shrink what a module adds until its norm is at most this; 1 is usual", gt=0
     )
-    base_weights: tuple[str, ...] | None = refused(
-        None,
-        "networks merged into the model before training",
-        "not supported yet; merge them into the base model first",
+    base_weights: tuple[str, ...] | None = honoured(
+        None, "networks merged into the model before training", metavar="FILE"
     )
-    base_weights_multiplier: tuple[float, ...] | None = refused(
-        None, "strengths of --base_weights", "not supported yet; leave it out", needs="base_weights"
+    base_weights_multiplier: tuple[float, ...] | None = honoured(
+        None, "their strengths, in the same order (default: 1.0)", metavar="NUMBER"
     )

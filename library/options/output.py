@@ -3,10 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from library.options.flags import Group, honoured, refused
-
-_SAFE = "only safetensors is written"
-_HUB = "uploads are not supported yet; upload the files of --output_dir"
+from library.options.flags import Group, honoured
 
 
 class Output(Group):
@@ -17,7 +14,7 @@ class Output(Group):
         None, "name of the files (default: last; epoch or at for saves before the end)", metavar="NAME"
     )
     save_model_as: Literal["ckpt", "pt", "safetensors"] | None = honoured(
-        "safetensors", "file format", refuse={"ckpt": _SAFE, "pt": _SAFE}
+        "safetensors", "file format; only safetensors holds metadata"
     )
     save_precision: Literal["float", "fp16", "bf16"] | None = honoured(
         None, "precision of saved weights (default: float)"
@@ -49,13 +46,19 @@ class Output(Group):
 class Hub(Group):
     """Hugging Face hub"""
 
-    huggingface_repo_id: str | None = refused(None, "repository to upload to", _HUB)
-    huggingface_repo_type: str | None = refused(None, "its type", _HUB, needs="huggingface_repo_id")
-    huggingface_path_in_repo: str | None = refused(None, "folder in it", _HUB, needs="huggingface_repo_id")
-    huggingface_token: str | None = refused(None, "access token", _HUB, needs="huggingface_repo_id", secret=True)
-    huggingface_repo_visibility: str | None = refused(None, "public or private", _HUB, needs="huggingface_repo_id")
-    save_state_to_huggingface: bool = refused(False, "upload states", _HUB)
-    resume_from_huggingface: bool = refused(
-        False, "--resume names a state on the hub", "not supported yet; download the state and give its path"
+    huggingface_repo_id: str | None = honoured(
+        None, "repository that every saved file is uploaded to, such as me/my-lora", metavar="USER/NAME"
     )
-    async_upload: bool = refused(False, "upload while training", _HUB, needs="huggingface_repo_id")
+    huggingface_repo_type: str | None = honoured(None, "model (the default), dataset or space", metavar="TYPE")
+    huggingface_path_in_repo: str | None = honoured(None, "folder in it", metavar="PATH")
+    huggingface_token: str | None = honoured(
+        None, "access token (better: the variable HF_TOKEN, or `hf auth login`)", secret=True, metavar="TOKEN"
+    )
+    huggingface_repo_visibility: str | None = honoured(
+        None, "public makes a new repository public; otherwise it is private", metavar="public|private"
+    )
+    save_state_to_huggingface: bool = honoured(False, "upload states, too")
+    resume_from_huggingface: bool = honoured(
+        False, "--resume names a state on the hub: user/repo/path, then :revision and :type if needed"
+    )
+    async_upload: bool = honoured(False, "upload while training; the last files are waited for")

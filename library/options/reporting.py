@@ -5,8 +5,6 @@ from typing import Literal
 
 from library.options.flags import Group, equivalent, honoured, refused
 
-_TENSORBOARD = "not supported yet; use tensorboard"
-_STDERR = "not supported; redirect stderr: 2> FILE"
 _DEEPSPEED = "not supported; leave it out"
 
 
@@ -21,6 +19,7 @@ class Sampling(Group):
         "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
         "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
     ] = honoured("ddim", "sampler of previews")  # fmt: skip
+    sample_images_per_prompt: int = honoured(1, "pictures of each prompt, with seeds that count up", ge=1)
 
 
 class Logging(Group):
@@ -28,23 +27,18 @@ class Logging(Group):
 
     logging_dir: Path | None = honoured(None, "folder of TensorBoard logs; each run gets its own folder in it")
     log_with: Literal["tensorboard", "wandb", "all"] | None = honoured(
-        None,
-        "where scalars go (default: tensorboard with --logging_dir)",
-        refuse={"wandb": _TENSORBOARD, "all": _TENSORBOARD},
+        None, "where scalars go, besides the run's own .log.jsonl (default: tensorboard with --logging_dir)"
     )
     log_prefix: str | None = honoured(None, "start of the run's folder name", metavar="TEXT")
     log_tracker_name: str | None = honoured(None, "name of the tracker (default: network_train)", metavar="NAME")
-    log_config: bool = refused(False, "log the options", "the file's metadata and the state hold them; leave it out")
-    log_tracker_config: str | None = refused(
-        None, "TOML file with a tracker's settings", "not supported yet; leave it out"
+    log_tracker_config: str | None = honoured(
+        None, "TOML file with settings of the trackers: a table for each, such as [wandb]", metavar="FILE.toml"
     )
-    wandb_run_name: str | None = equivalent(None, "name of the run in wandb", "only wandb uses it")
-    wandb_api_key: str | None = refused(
-        None,
-        "key of wandb",
-        "secrets don't belong into options, and wandb is not supported yet",
-        needs="log_with",
-        secret=True,
+    log_config: bool = honoured(False, "give the options to the trackers, without secrets and paths")
+    log_norms: bool = honoured(False, "log norms of gradients and weights, per block of the model")
+    wandb_run_name: str | None = honoured(None, "name of the run in wandb", metavar="NAME")
+    wandb_api_key: str | None = honoured(
+        None, "key of wandb (better: the variable WANDB_API_KEY, or `wandb login`)", secret=True, metavar="KEY"
     )
 
 
@@ -55,13 +49,17 @@ class Config(Group):
         None, "TOML file of options; flags on the command line win", metavar="FILE.toml"
     )
     output_config: bool = honoured(False, "write the options that were given to --config_file, and stop")
+    preset: str | None = honoured(
+        None, "ready settings: the name of one of library/presets, such as character; files and flags win over it"
+    )
+    print_command: bool = honoured(False, "show the full command that the options amount to, and stop")
     dry_run: bool = honoured(
         False, "show what would be trained, and stop: exit code 0, or 2 where a real run would stop"
     )
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = honoured(
         None, "which messages are shown (default: INFO)", metavar="LEVEL"
     )
-    console_log_file: str | None = refused(None, "write messages to a file", _STDERR)
+    console_log_file: str | None = honoured(None, "write messages to this file instead of stderr", metavar="FILE")
     console_log_simple: bool = equivalent(
         False, "plain messages", "messages are plain lines where stderr is no terminal"
     )
@@ -74,8 +72,8 @@ class Processes(Group):
         False, "setting of DDP", "gradients are summed in one flat all-reduce"
     )
     ddp_static_graph: bool = equivalent(False, "setting of DDP", "gradients are summed in one flat all-reduce")
-    ddp_timeout: int | None = refused(
-        None, "minutes that processes wait for each other", "not supported yet; leave it out"
+    ddp_timeout: int | None = honoured(
+        None, "minutes that processes wait for each other before they give up (default: 30)", ge=1, zero_is_off=True
     )
     deepspeed: bool = refused(
         False, "use DeepSpeed", "not supported; a network's optimizer state is small, leave it out"

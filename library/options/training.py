@@ -2,11 +2,7 @@
 
 from typing import Literal
 
-from library.options.flags import Group, honoured, refused
-
-_LATER = "not supported yet; leave it out"
-_RESUME = "--resume goes on exactly where the state was saved"
-_L2 = "only l2 is supported yet"
+from library.options.flags import Group, equivalent, honoured
 
 
 class Training(Group):
@@ -22,9 +18,24 @@ class Training(Group):
     resume_schedule: Literal["keep", "stretch"] | None = honoured(
         None, "on --resume with another total of steps: keep the old learning rate curve, or stretch it"
     )
-    initial_epoch: int | None = refused(None, "epoch to start from", _RESUME)
-    initial_step: int | None = refused(None, "step to start from", _RESUME)
-    skip_until_initial_step: bool = refused(False, "skip data up to the initial step", _RESUME)
+    initial_epoch: int | None = honoured(
+        None, "epoch to start counting from, such as that of weights from --network_weights", ge=1
+    )
+    initial_step: int | None = honoured(None, "step to start counting from; wins over --initial_epoch", ge=0)
+    skip_until_initial_step: bool = equivalent(
+        False, "skip data up to the initial step", "data before the initial step is always skipped, without reading it"
+    )
+    stop_text_encoder_training: int | float = honoured(
+        0,
+        "stop training the text encoders after so many steps, or after a share such as 80%; 0 is never, -1 leaves them "
+        "out",
+        metavar="N|N%",
+        ge=-1,
+    )
+    early_stopping_patience: int | None = honoured(
+        None, "stop after so many validations in a row that were no better than the best one", ge=1
+    )
+    ignore_memory_check: bool = honoured(False, "start although the predicted memory is more than what is available")
 
 
 class Loss(Group):
@@ -35,33 +46,43 @@ class Loss(Group):
     prior_loss_weight: float = honoured(1.0, "weight of regularization pictures", ge=0)
     min_timestep: int | None = honoured(None, "lowest timestep that is drawn (default: 0)", ge=0, lt=1000)
     max_timestep: int | None = honoured(None, "timesteps that are drawn lie below this (default: 1000)", ge=1, le=1000)
-    loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = honoured(
-        "l2", "distance between prediction and target", refuse={"l1": _L2, "huber": _L2, "smooth_l1": _L2}
+    loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = honoured("l2", "distance between prediction and target")
+    huber_schedule: Literal["constant", "exponential", "snr"] = honoured(
+        "snr", "how the parameter of huber and smooth_l1 depends on the timestep"
     )
-    huber_schedule: Literal["constant", "exponential", "snr"] = refused(
-        "snr", "how the huber loss depends on the timestep", _L2, needs="loss_type"
+    huber_c: float = honoured(0.1, "parameter of huber and smooth_l1, reached at high noise", gt=0)
+    huber_scale: float = honoured(1.0, "factor on that parameter (not for --huber_schedule snr)", gt=0)
+    noise_offset_random_strength: bool = honoured(
+        False, "draw the strength of --noise_offset anew for each sample, from 0 to it"
     )
-    huber_c: float = refused(0.1, "parameter of the huber loss", _L2, needs="loss_type")
-    huber_scale: float = refused(1.0, "scale of the huber loss", _L2, needs="loss_type")
-    noise_offset_random_strength: bool = refused(
-        False, "draw the strength of --noise_offset", _LATER, needs="noise_offset"
+    adaptive_noise_scale: float | None = honoured(
+        None, "add this times the absolute mean of each latent channel to --noise_offset, which it needs"
     )
-    adaptive_noise_scale: float | None = refused(None, "add the latents' mean to --noise_offset", _LATER)
-    multires_noise_iterations: int | None = refused(None, "pyramid noise", "not supported yet; use --noise_offset")
-    multires_noise_discount: float = refused(
-        0.3, "strength of pyramid noise", "not supported yet; use --noise_offset", needs="multires_noise_iterations"
+    multires_noise_iterations: int | None = honoured(
+        None, "pyramid noise: add noise of so many lower resolutions; 6 to 10 is usual", ge=1, zero_is_off=True
     )
-    ip_noise_gamma: float | None = refused(None, "perturb the input", _LATER)
-    ip_noise_gamma_random_strength: bool = refused(False, "draw --ip_noise_gamma", _LATER, needs="ip_noise_gamma")
+    multires_noise_discount: float = honoured(0.3, "strength of each further resolution of pyramid noise", gt=0, le=1)
+    ip_noise_gamma: float | None = honoured(
+        None, "input perturbation: more noise in the input than in the target; 0.1 is usual", ge=0
+    )
+    ip_noise_gamma_random_strength: bool = honoured(
+        False, "draw the strength of --ip_noise_gamma anew for each sample, from 0 to it"
+    )
     zero_terminal_snr: bool = honoured(
         False,
         "rescale the noise schedule so that it ends in pure noise; on by itself where the base model says that it was "
         "trained so",
     )
-    scale_v_pred_loss_like_noise_pred: bool = refused(
-        False, "weigh the loss of a v-prediction like that of a noise prediction", _LATER
+    legacy_ztsnr_weights: bool = honoured(
+        False, "with zero terminal SNR, weigh losses by the SNR before the rescaling, as sd-scripts does"
     )
-    v_pred_like_loss: float | None = refused(None, "add a v-prediction-like loss", _LATER)
-    debiased_estimation_loss: bool = refused(
-        False, "weigh timesteps by 1/sqrt(SNR)", "not supported yet; use --min_snr_gamma"
+    scale_v_pred_loss_like_noise_pred: bool = honoured(
+        False, "weigh the loss of a v-prediction like that of a noise prediction"
+    )
+    v_pred_like_loss: float | None = honoured(
+        None, "add this share of the loss that a v-prediction would have, for models that predict noise", ge=0
+    )
+    debiased_estimation_loss: bool = honoured(False, "weigh timesteps by 1/sqrt(SNR), v-predictions by 1/(SNR + 1)")
+    masked_loss_normalize: bool = honoured(
+        False, "divide masked losses by the mask's area instead of the whole picture's"
     )

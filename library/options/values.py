@@ -153,8 +153,9 @@ def _steps(flag: Flag, raw: Any) -> int | float:
             raise ValueError(f"{_shown(raw)} is out of range: a percentage is from 0% to 100%")
         return float(ratio)
     number = _number(flag, raw)
-    if number < 0:
-        raise ValueError(f"{_shown(raw)} is out of range: it must be at least 0")
+    least = dict(flag.limits).get("ge", 0)
+    if number < least:
+        raise ValueError(f"{_shown(raw)} is out of range: it must be at least {least:g}")
     if isinstance(number, int) or number == 0:
         return int(number)
     if number <= 1:

@@ -4,17 +4,13 @@ What is wrong with the options, the data, the base model's file, the prompts or 
 and shown together; a dry run prints what this finds.
 """
 
-import hashlib
-import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from library.data.faces import face_of
-from library.data.fingerprint import contents
 from library.data.plan import Plan
 from library.data.sources.scan import Scan
 from library.errors import Problem, UserError
@@ -24,37 +20,14 @@ from library.models.info import ModelInfo
 from library.models.pickles import SUFFIXES, read_weights
 from library.options import Options
 from library.options.specs import PRESERVE, DatasetSpec
+from library.training.learning_rates import LearningRates, learning_rates
 from library.training.prepare_data import Collector, Data, find_data, inspect_model
 from library.training.prompts import Prompt, read_prompts
+from library.training.run_settings import MAY_CHANGE, PREDICTION, run_settings
 from library.training.start_weights import check_lora
 from library.training.state import RunState, changes, check_same_run, find_latest, read_state, schedule_total
 from library.training.steps import Clock, PreviewPlan, SavePlan, ValidationPlan, epochs_between_saves, make_clock
 from networks.lora_args import parse as parse_lora
-
-PREDICTION = "prediction type"
-MAY_CHANGE = (
-    *("learning_rate", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "max_grad_norm"),
-    *("noise_offset", "min_snr_gamma", "min_timestep", "max_timestep", "prior_loss_weight", "clip_skip"),
-    *("max_token_length", "weighted_captions", "exact_crop_conditioning"),
-)
-
-
-@dataclass(frozen=True)
-class LearningRates:
-    """Rates of the U-Net and of each text encoder. What has the rate 0 is not trained: neither attached nor saved."""
-
-    unet: float
-    text_encoders: tuple[float, ...]
-
-    @property
-    def trained(self) -> tuple[Literal["unet", "text_encoder"], ...]:
-        """The parts that are trained."""
-        parts: list[Literal["unet", "text_encoder"]] = []
-        if self.unet:
-            parts.append("unet")
-        if any(self.text_encoders):
-            parts.append("text_encoder")
-        return tuple(parts)
 
 
 @dataclass(frozen=True)
@@ -165,8 +138,8 @@ def prepare(options: Options) -> Prepared:
     seed, span = _seed(training.seed, resume), clock.total_updates
     if training.seed is None:
         notices.append(f"--seed {seed}" + ("" if resume else " was drawn for this run"))
-    rates = _rates(options, len(model.text_encoder_configs))
-    settings = _settings(options, plan, model, clock, seed, rates)
+    rates = learning_rates(options, len(model.text_encoder_configs))
+    settings = run_settings(options, plan, model, clock, seed, rates)
     may_change = {name: str(options.value(name)) for name in MAY_CHANGE}
     if resume:
         check_same_run(resume.state, settings)
@@ -222,7 +195,7 @@ def _check_weights(options: Options, weights: Path, model: ModelInfo) -> None:
             read_weights(weights, f"{where} {weights}")
         return
     shape = parse_lora(network.network_dim, network.network_alpha, options.network_arguments())
-    trained = _rates(options, len(model.text_encoder_configs)).trained
+    trained = learning_rates(options, len(model.text_encoder_configs)).trained
     check_lora(weights, where, model, None if network.dim_from_weights else shape, trained)
 
 
@@ -282,63 +255,6 @@ def _unused_data_flags(options: Options, data: Data) -> Iterator[str]:
 
 def _crops_faces(data: Data) -> bool:
     return any(subset.face_crop_aug_range for spec in data.specs for subset in spec.subsets)
-
-
-def _settings(
-    options: Options, plan: Plan, model: ModelInfo, clock: Clock, seed: int, rates: LearningRates
-) -> dict[str, str]:
-    """What a resumed run must share with the one that it goes on from."""
-    network, optimizer = options.network, options.optimizer
-    shape = {
-        "module": network.network_module,
-        "dim": network.network_dim,
-        "alpha": network.network_alpha,
-        "dropout": network.network_dropout,
-        "args": sorted(network.network_args or ()),
-        "dim_from_weights": str(network.network_weights) if network.dim_from_weights else None,
-        "parts": rates.trained,
-        "text encoders": [rate != 0 for rate in rates.text_encoders],
-    }
-    return {
-        "seed": str(seed),
-        "data": plan.fingerprint(),
-        "base model": _model_fingerprint(model),
-        PREDICTION: str(model.prediction_type),
-        "zero terminal SNR": str(model.zero_terminal_snr),
-        "batch size over all processes": "+".join(str(plan.global_batch_size(n)) for n in range(len(plan.datasets))),
-        "gradient_accumulation_steps": str(clock.accumulation),
-        "network": json.dumps(shape),
-        "optimizer": " ".join([optimizer.optimizer_type or "AdamW", *(optimizer.optimizer_args or ())]),
-        "mixed_precision": options.model.mixed_precision or "no",
-        "latent_sampling": options.caching.latent_sampling,
-        "masked_loss": str(options.dataset.masked_loss),
-        **({} if options.config.dry_run or options.dataset.debug_dataset else {"pictures": contents(plan)}),
-    }
-
-
-def _model_fingerprint(model: ModelInfo) -> str:
-    """Sizes and pieces of the base model's files: tells models apart without reading gigabytes."""
-    digest = hashlib.sha256()
-    for path in model.files():
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as file:
-            for offset in (0, size // 2, max(0, size - 65536)):
-                file.seek(offset)
-                digest.update(file.read(65536))
-    return digest.hexdigest()[:16]
-
-
-def _rates(options: Options, encoders: int) -> LearningRates:
-    """The rates that the flags give; one rate for text encoders counts for each of them."""
-    optimizer, network = options.optimizer, options.network
-    unet = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
-    given = optimizer.text_encoder_lr or (optimizer.learning_rate,)
-    text = given if len(given) == encoders else given[:1] * encoders
-    return LearningRates(
-        0.0 if network.network_train_text_encoder_only else unet,
-        (0.0,) * encoders if network.network_train_unet_only else tuple(text),
-    )
 
 
 def _seed(seed: int | None, resume: Resume | None) -> int:

@@ -31,9 +31,10 @@ from library.training.objective import NoiseSettings, Objective
 from library.training.optimizers import build_optimizer, parse_arguments
 from library.training.painter import ModelPainter
 from library.training.phases import Phases
-from library.training.prepare import PREDICTION, Prepared
+from library.training.prepare import Prepared
 from library.training.previews import PreviewWriter
 from library.training.record import RunRecord
+from library.training.run_settings import PREDICTION
 from library.training.saving import Saver
 from library.training.schedules import Curve, warmup_steps
 from library.training.state import RunState, load_tensors

@@ -13,8 +13,8 @@ import torch
 
 from library.console import say
 from library.errors import UserError
+from library.training.learning_rates import LearningRates
 from library.training.objective import Coordinates
-from library.training.prepare import LearningRates
 from networks import foreign
 
 

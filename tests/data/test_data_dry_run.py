@@ -12,7 +12,8 @@ from library.models.families import FAMILIES, FamilyName, Part
 from library.models.info import ModelInfo, PartInfo
 from library.options import load_datasets, parse
 from library.training import dry_run
-from library.training.prepare import LearningRates, Prepared
+from library.training.learning_rates import LearningRates
+from library.training.prepare import Prepared
 from library.training.prepare_data import Data
 from library.training.steps import PreviewPlan, SavePlan, ValidationPlan, make_clock
 from library.training.text_use import text_use

@@ -1,0 +1,36 @@
+"""Which part of the model learns how fast, as the flags say. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from library.options import Options
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Rates of the U-Net and of each text encoder. What has the rate 0 is not trained: neither attached nor saved."""
+
+    unet: float
+    text_encoders: tuple[float, ...]
+
+    @property
+    def trained(self) -> tuple[Literal["unet", "text_encoder"], ...]:
+        """The parts that are trained."""
+        parts: list[Literal["unet", "text_encoder"]] = []
+        if self.unet:
+            parts.append("unet")
+        if any(self.text_encoders):
+            parts.append("text_encoder")
+        return tuple(parts)
+
+
+def learning_rates(options: Options, encoders: int) -> LearningRates:
+    """The rates that the flags give; one rate for text encoders counts for each of them."""
+    optimizer, network = options.optimizer, options.network
+    unet = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
+    given = optimizer.text_encoder_lr or (optimizer.learning_rate,)
+    text = given if len(given) == encoders else given[:1] * encoders
+    return LearningRates(
+        0.0 if network.network_train_text_encoder_only else unet,
+        (0.0,) * encoders if network.network_train_unet_only else tuple(text),
+    )
