@@ -28,6 +28,7 @@ def honoured(
     text: str,
     *,
     metavar: str | None = None,
+    needs: str | None = None,
     refuse: Mapping[str, str] | None = None,
     synonyms: Mapping[Any, Any] | None = None,
     zero_is_off: bool = False,
@@ -38,6 +39,7 @@ def honoured(
     """A flag that does what it says.
 
     Args:
+        needs: another flag without which this one has no effect, which is then said in one line.
         refuse: values that sd-scripts knows and we don't, each with what to do instead.
         synonyms: values that mean another one, such as `max_token_length = 75`.
         zero_is_off: numbers below 1 mean that the flag wasn't given.
@@ -48,6 +50,7 @@ def honoured(
         "limits": None if each_ge is None else (("ge", each_ge),),
         "kind": "honoured",
         "metavar": metavar,
+        "needs": needs,
         "refuse": refuse,
         "synonyms": synonyms,
         "zero_is_off": zero_is_off,

@@ -5,7 +5,7 @@ from typing import Literal
 from library.options.flags import Group, equivalent, honoured, refused
 
 _SDPA = "attention uses torch's scaled-dot-product kernels anyway"
-_NO_COMPILER = "torch has no such compiler any more; use inductor"
+_OLD_COMPILERS = ("aot_ts_nvfuser", "nvprims_nvfuser", "ofi", "fx2trt", "tensort")
 
 
 class Model(Group):
@@ -30,10 +30,15 @@ class Model(Group):
         False, "keep less in memory and compute it again when it is needed (slower)"
     )
     gradient_checkpointing_every: int = honoured(
-        1, "with --gradient_checkpointing, only every n-th block: faster, and more memory", ge=1
+        1,
+        "with --gradient_checkpointing, only every n-th block: faster, and more memory",
+        ge=1,
+        needs="gradient_checkpointing",
     )
     gradient_checkpointing_attention_only: bool = honoured(
-        False, "with --gradient_checkpointing, only the attention blocks, which need the most"
+        False,
+        "with --gradient_checkpointing, only the attention blocks, which need the most",
+        needs="gradient_checkpointing",
     )
     deterministic: bool = honoured(False, "on CUDA, use only kernels that give the same bits every time (slower)")
     vae: str | None = honoured(
@@ -102,6 +107,5 @@ class Model(Group):
     dynamo_backend: Literal[
         "eager", "aot_eager", "inductor", "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs",
         "ofi", "fx2trt", "onnxrt", "tensort", "ipex", "tvm",
-    ] = honoured("inductor", "compiler of --torch_compile", synonyms={"no": "inductor"},
-                 refuse=dict.fromkeys(
-                     ("aot_ts_nvfuser", "nvprims_nvfuser", "ofi", "fx2trt", "tensort"), _NO_COMPILER))  # fmt: skip
+    ] = honoured("inductor", "compiler of --torch_compile", synonyms={"no": "inductor"}, needs="torch_compile",
+                 refuse=dict.fromkeys(_OLD_COMPILERS, "torch has no such compiler any more; use inductor"))  # fmt: skip

@@ -30,5 +30,5 @@ class Network(Group):
         None, "networks merged into the model before training", metavar="FILE"
     )
     base_weights_multiplier: tuple[float, ...] | None = honoured(
-        None, "their strengths, in the same order (default: 1.0)", metavar="NUMBER"
+        None, "their strengths, in the same order (default: 1.0)", metavar="NUMBER", needs="base_weights"
     )

@@ -49,16 +49,23 @@ class Hub(Group):
     huggingface_repo_id: str | None = honoured(
         None, "repository that every saved file is uploaded to, such as me/my-lora", metavar="USER/NAME"
     )
-    huggingface_repo_type: str | None = honoured(None, "model (the default), dataset or space", metavar="TYPE")
-    huggingface_path_in_repo: str | None = honoured(None, "folder in it", metavar="PATH")
+    huggingface_repo_type: str | None = honoured(
+        None, "model (the default), dataset or space", metavar="TYPE", needs="huggingface_repo_id"
+    )
+    huggingface_path_in_repo: str | None = honoured(None, "folder in it", metavar="PATH", needs="huggingface_repo_id")
     huggingface_token: str | None = honoured(
         None, "access token (better: the variable HF_TOKEN, or `hf auth login`)", secret=True, metavar="TOKEN"
     )
     huggingface_repo_visibility: str | None = honoured(
-        None, "public makes a new repository public; otherwise it is private", metavar="public|private"
+        None,
+        "public makes a new repository public; otherwise it is private",
+        metavar="public|private",
+        needs="huggingface_repo_id",
     )
-    save_state_to_huggingface: bool = honoured(False, "upload states, too")
+    save_state_to_huggingface: bool = honoured(False, "upload states, too", needs="huggingface_repo_id")
     resume_from_huggingface: bool = honoured(
-        False, "--resume names a state on the hub: user/repo/path, then :revision and :type if needed"
+        False, "--resume names a state on the hub: user/repo/path, then :revision and :type if needed", needs="resume"
     )
-    async_upload: bool = honoured(False, "upload while training; the last files are waited for")
+    async_upload: bool = honoured(
+        False, "upload while training; the last files are waited for", needs="huggingface_repo_id"
+    )

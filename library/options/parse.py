@@ -77,13 +77,13 @@ def _judge(read: dict[str, Any], places: dict[str, str], bad: set[str], problems
         if str(value) in flag.refuse:
             problems.append(Problem(places[name], f"{value} can't be used", flag.refuse[str(value)]))
             bad.add(name)
-        if flag.kind == "honoured" or value == flag.default or not value:
+        if value == flag.default or not value:
             continue
         if flag.kind == "equivalent":
             lines.append(f"{places[name]}: nothing to do: {flag.why}")
         elif flag.needs is not None and read.get(flag.needs, FLAGS[flag.needs].default) == FLAGS[flag.needs].default:
             lines.append(f"{places[name]}: has no effect without --{flag.needs}")
-        else:
+        elif flag.kind == "refused":
             wrong, _, advice = flag.why.partition("; ")
             problems.append(Problem(places[name], wrong, advice))
             bad.add(name)

@@ -36,9 +36,13 @@ class Logging(Group):
     )
     log_config: bool = honoured(False, "give the options to the trackers, without secrets and paths")
     log_norms: bool = honoured(False, "log norms of gradients and weights, per block of the model")
-    wandb_run_name: str | None = honoured(None, "name of the run in wandb", metavar="NAME")
+    wandb_run_name: str | None = honoured(None, "name of the run in wandb", metavar="NAME", needs="log_with")
     wandb_api_key: str | None = honoured(
-        None, "key of wandb (better: the variable WANDB_API_KEY, or `wandb login`)", secret=True, metavar="KEY"
+        None,
+        "key of wandb (better: the variable WANDB_API_KEY, or `wandb login`)",
+        secret=True,
+        metavar="KEY",
+        needs="log_with",
     )
 
 

@@ -48,12 +48,14 @@ class Loss(Group):
     max_timestep: int | None = honoured(None, "timesteps that are drawn lie below this (default: 1000)", ge=1, le=1000)
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = honoured("l2", "distance between prediction and target")
     huber_schedule: Literal["constant", "exponential", "snr"] = honoured(
-        "snr", "how the parameter of huber and smooth_l1 depends on the timestep"
+        "snr", "how the parameter of huber and smooth_l1 depends on the timestep", needs="loss_type"
     )
-    huber_c: float = honoured(0.1, "parameter of huber and smooth_l1, reached at high noise", gt=0)
-    huber_scale: float = honoured(1.0, "factor on that parameter (not for --huber_schedule snr)", gt=0)
+    huber_c: float = honoured(0.1, "parameter of huber and smooth_l1, reached at high noise", gt=0, needs="loss_type")
+    huber_scale: float = honoured(
+        1.0, "factor on that parameter (not for --huber_schedule snr)", gt=0, needs="loss_type"
+    )
     noise_offset_random_strength: bool = honoured(
-        False, "draw the strength of --noise_offset anew for each sample, from 0 to it"
+        False, "draw the strength of --noise_offset anew for each sample, from 0 to it", needs="noise_offset"
     )
     adaptive_noise_scale: float | None = honoured(
         None, "add this times the absolute mean of each latent channel to --noise_offset, which it needs"
@@ -61,12 +63,14 @@ class Loss(Group):
     multires_noise_iterations: int | None = honoured(
         None, "pyramid noise: add noise of so many lower resolutions; 6 to 10 is usual", ge=1, zero_is_off=True
     )
-    multires_noise_discount: float = honoured(0.3, "strength of each further resolution of pyramid noise", gt=0, le=1)
+    multires_noise_discount: float = honoured(
+        0.3, "strength of each further resolution of pyramid noise", gt=0, le=1, needs="multires_noise_iterations"
+    )
     ip_noise_gamma: float | None = honoured(
         None, "input perturbation: more noise in the input than in the target; 0.1 is usual", ge=0
     )
     ip_noise_gamma_random_strength: bool = honoured(
-        False, "draw the strength of --ip_noise_gamma anew for each sample, from 0 to it"
+        False, "draw the strength of --ip_noise_gamma anew for each sample, from 0 to it", needs="ip_noise_gamma"
     )
     zero_terminal_snr: bool = honoured(
         False,
