@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from library import console
 from library.errors import UserError
@@ -29,9 +30,16 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         options = parse(arguments)
         console.set_level(options.config.console_log_level or "INFO" if first else "ERROR")
+        from library.training.memory_plan import check_available, predict_memory
         from library.training.prepare import prepare
 
+        if first and options.config.console_log_file:
+            console.write_to(Path(options.config.console_log_file))
         prepared = prepare(options)
+        prediction = predict_memory(prepared)
+        shows = options.config.dry_run or options.dataset.debug_dataset
+        if not shows and not options.training.ignore_memory_check:
+            check_available(prediction)
     except UserError as error:
         return console.complain(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
     for line in prepared.notices:
@@ -39,7 +47,7 @@ def _run(arguments: Sequence[str]) -> int:
     if options.config.dry_run:
         from library.training.dry_run import show
 
-        show(prepared)
+        show(prepared, prediction)
         return 0
     if options.dataset.debug_dataset:
         from library.training.dry_run import write_samples
@@ -59,7 +67,7 @@ def _run(arguments: Sequence[str]) -> int:
             hashes = BackgroundHashes(prepared.model.path, prepared.model.vae_path)
             with phases.phase("start", "loading libraries"):
                 from library.training.session import train
-            return train(prepared, arguments, hashes, interrupt, phases)
+            return train(prepared, arguments, hashes, interrupt, phases, prediction)
     except StoppedError as stop:
         cached = "; what was cached to disk stays" if options.caching.cache_latents_to_disk else ""
         console.say(f"stopped before the first step; nothing was trained yet{cached}")

@@ -1,11 +1,16 @@
-"""What a run says while it works: lines and progress bars on stderr. Tables that a user asked for go to stdout."""
+"""What a run says while it works: lines and progress bars on stderr. Tables that a user asked for go to stdout.
+
+With `write_to`, lines go to a file instead, each with its time; errors go to both, bars stay on stderr.
+"""
 
 import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from library.errors import UserError
@@ -34,6 +39,42 @@ def set_level(name: str) -> None:
     """Leave out what is less important than `name`, one of `LEVELS`; progress bars count as INFO."""
     global _quiet_below
     _quiet_below = LEVELS.index(name)
+
+
+_file: int | None = None
+"""The descriptor of the file that lines go to. It is written without buffers or locks, even from a signal handler."""
+
+
+def write_to(path: Path | None) -> None:
+    """Have lines written to a file, which is made anew, instead of stderr; None goes back to stderr.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    global _file
+    if _file is not None:
+        os.close(_file)
+        _file = None
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+    except OSError as fault:
+        raise UserError.single("--console_log_file", f"{path} can't be written: {fault}") from fault
+
+
+def _to_file(line: str) -> bool:
+    """Whether the line went to the file. Where that is full, stderr is told instead."""
+    if _file is None:
+        return False
+    data = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode(errors="replace")
+    try:
+        while data:
+            data = data[os.write(_file, data) :]
+    except OSError:
+        return False
+    return True
 
 
 def _shown(level: str) -> bool:
@@ -74,7 +115,7 @@ def prepare_streams() -> None:
 def tell_at_once(line: str) -> None:
     """A line from within a signal handler, where neither locks may be waited for nor errors raised."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if _shown("INFO") and sys.stderr.fileno() == 2:
+        if _shown("INFO") and not _to_file(line) and sys.stderr.fileno() == 2:
             os.write(2, f"\n{line}\n".encode())
 
 
@@ -91,18 +132,19 @@ def _print(line: str, style: str | None = None) -> None:
 
 def say(line: str) -> None:
     """One line of information."""
-    if _shown("INFO"):
+    if _shown("INFO") and not _to_file(line):
         _print(line)
 
 
 def warn(line: str) -> None:
     """One line that a user should read: the run goes on."""
-    if _shown("WARNING"):
+    if _shown("WARNING") and not _to_file(f"warning: {line}"):
         _print(f"warning: {line}", "yellow")
 
 
 def error(line: str) -> None:
     """One line that ends the run."""
+    _to_file(f"error: {line}")
     _print(f"error: {line}", "red")
 
 

@@ -5,12 +5,15 @@ they need for `--network_args`, and an exact state of a network whose `state_dic
 import importlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from networks.facade import text_encoder_facade, unet_facade
+from networks.lycoris_mended import mend
 from networks.lycoris_presets import PRESETS
 
 LYCORIS = "lycoris.kohya"
@@ -20,20 +23,15 @@ def load(name: str) -> ModuleType:
     """Import a network module by its dotted name.
 
     LyCORIS gets our presets under its own names, and says only what is an error: it tells dozens of lines on stdout.
-    Its `dylora` draws from torch's generator instead of Python's, which gradient checkpointing does not wind back.
+    What of it is wrong here is mended (networks.lycoris_mended).
     """
     module = importlib.import_module(name)
     if name == LYCORIS:
         logging.getLogger("LyCORIS").setLevel(logging.ERROR)
         module.PRESET.update(PRESETS)
         module.LycorisNetworkKohya.apply_preset(PRESETS["full"])
-        module.DyLoraModule.get_random_rank_weight = _random_block
+        mend(module)
     return module
-
-
-def _random_block(layer: Any) -> Any:
-    """What a `dylora` layer uses in this forward: the ranks up to a random block, which alone has gradients."""
-    return layer.get_weight(int(torch.randint(layer.block_count, ())) * layer.block_size)
 
 
 def arguments(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +46,24 @@ def arguments(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if str(found.get("algo")).lower() == "ia3":
             found.setdefault("preset", "ia3")
     return found
+
+
+def merge_weights(name: str, file: str | Path, strength: float, text_encoder: Any, unet: Any) -> int:
+    """Add a file of the module `name` to a model's weights for good (`--base_weights`), and say how many modules.
+
+    `text_encoder` and `unet` are the model's own. LyCORIS' own call for a whole network leaves out the strength.
+    """
+    facades = text_encoder_facade(text_encoder), unet_facade(unet)
+    network, tensors = load(name).create_network_from_weights(strength, str(file), None, *facades, for_inference=True)
+    weight = next(unet.parameters())
+    with torch.no_grad():
+        if name != LYCORIS:
+            network.merge_to(*facades, tensors, weight.dtype, weight.device)
+            return len(tensors)
+        layers = [*network.text_encoder_loras, *network.unet_loras]
+        for layer in layers:
+            layer.merge_to(strength)
+    return len(layers)
 
 
 def exact_state(network: nn.Module) -> dict[str, Tensor]:

@@ -6,32 +6,57 @@ come from library.models.lora_targets; the arithmetic is in networks.lora_math a
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
-from library.models.families import unet_key_of
-from library.models.lora_targets import LoraTarget, ranked, targets
+from library.models.families import UnetBlocks, unet_blocks_of, unet_key_of
+from library.models.lora_targets import LoraTarget, targets
 from library.weights.save import save_lora
-from networks.lora_args import parse
-from networks.lora_file import FileModule, fit
+from networks import norms
+from networks.blocks import owner as owner_of
+from networks.blocks import shaped
+from networks.dora import DoraLayer
+from networks.groups import optimizer_groups
+from networks.lora_args import LoraArgs, parse
+from networks.lora_file import FileModule, fit, fit_magnitudes
 from networks.lora_keys import Spellings, modules_of, read_lora, spellings
 from networks.lora_layers import LoraLayer, RandomContext
 
 
 class LoraNetwork(nn.Module):
-    """All LoRAs of one run. Its parameters and state dict hold only the parts that `apply_to` attached."""
+    """All LoRAs of one run. Its parameters and state dict hold only the parts that `apply_to` attached.
+
+    `layer_class` is what networks of the same kind put on a module instead.
+    """
+
+    layer_class: ClassVar[type[LoraLayer]] = LoraLayer
 
     def __init__(
-        self, layers: Iterable[LoraLayer], context: RandomContext, known: Spellings, multiplier: float = 1.0
+        self,
+        layers: Iterable[LoraLayer],
+        context: RandomContext,
+        known: Spellings,
+        args: LoraArgs,
+        blocks: UnetBlocks,
+        multiplier: float = 1.0,
     ) -> None:
         super().__init__()
         self._built = tuple(layers)
         self._context = context
         self._known = known
+        self._args, self._blocks = args, blocks
+        self._frozen: tuple[LoraLayer, ...] = ()
+        self._norms: Tensor | None = None
+        self._gradient_norms: Tensor | None = None
         self.set_multiplier(multiplier)
+
+    @property
+    def modules_built(self) -> tuple[str, ...]:
+        """The names of all modules, attached or not."""
+        return tuple(layer.target.name for layer in self._built)
 
     @property
     def layers(self) -> tuple[LoraLayer, ...]:
@@ -60,7 +85,7 @@ class LoraNetwork(nn.Module):
         `owner`: "unet", or as the optimizer's groups are named "textencoder", "textencoder1" or "textencoder2".
         """
         for layer in self.layers:
-            if owner is None or _owner(layer.target) == owner:
+            if owner is None or owner_of(layer.target) == owner:
                 layer.detach()
                 del self._modules[layer.target.name]
 
@@ -97,11 +122,12 @@ class LoraNetwork(nn.Module):
         state: dict[str, Tensor] = {}
         for layer in self.layers:
             if module := matching.get(layer.target.name):
-                down, up = fit(module, layer.target, layer.rank, file)
-                state[f"{layer.target.name}.lora_down.weight"] = down
-                state[f"{layer.target.name}.lora_up.weight"] = up
-                state[f"{layer.target.name}.alpha"] = torch.tensor(module.alpha)
+                held = _layer_state(layer, module, file)
+                state |= {f"{layer.target.name}.{leaf}": tensor for leaf, tensor in held.items()}
         self.load_state_dict(state, strict=False)
+        for layer in self.layers:
+            if layer.target.name in matching:
+                _complete(layer, matching[layer.target.name])
         left_out = len(modules) - len(matching)
         return f"{len(matching)} of {len(present)} modules loaded from {file}" + (
             f", {left_out} of its modules are not in this network" if left_out else ""
@@ -117,6 +143,8 @@ class LoraNetwork(nn.Module):
     ) -> None:
         """Add a file's LoRA to the frozen weights for good: W += multiplier * alpha/rank * up @ down, in float32.
 
+        What a DoRA adds is in networks.dora.
+
         `weights_sd` is what `create_network_from_weights` gave. Weights keep their dtype and device unless `dtype` or
         `device` is given. The network itself stays detached.
         """
@@ -126,10 +154,8 @@ class LoraNetwork(nn.Module):
         with torch.no_grad():
             for layer in self._built:
                 if module := modules.get(layer.target.name):
-                    down, up = fit(module, layer.target, layer.rank, "weights")
-                    layer.load_state_dict(
-                        {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(module.alpha)}
-                    )
+                    layer.load_state_dict(_layer_state(layer, module, "weights"), strict=False)
+                    _complete(layer, module)
                     weight = layer.base.weight
                     merged = weight.float() + layer.delta().to(weight.device)
                     weight.data = merged.to(device=device or weight.device, dtype=dtype or weight.dtype)
@@ -149,8 +175,10 @@ class LoraNetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups {"params", "lr"} and their names: text encoders first, then the U-Net.
 
-        One rate counts for all text encoders, none and None mean `default_lr`. What has rate 0 is detached: it is
-        neither trained nor saved. Raises UserError if there are more rates than text encoders.
+        One rate counts for all text encoders, none and None mean `default_lr`. Blocks with weights have groups of their
+        own, and with LoRA+ so have the up-factors. A model with rate 0 is detached: neither trained nor saved; a block
+        with weight 0 that a weight file brought stays as it is, and is saved. Raises UserError if there are more rates
+        than text encoders, or if `remove` does.
         """
         encoders = self._known.text_encoders
         rates = list(text_encoder_lrs) or [None]
@@ -160,28 +188,28 @@ class LoraNetwork(nn.Module):
             raise UserError.single(
                 "--text_encoder_lr", f"{len(rates)} rates, {encoders} text encoders", "give one rate, or one for each"
             )
-        members: dict[str, list[LoraLayer]] = {}
-        for layer in self.layers:
-            members.setdefault(_owner(layer.target), []).append(layer)
-        groups, descriptions = [], []
-        for owner, layers in sorted(members.items()):
-            target = layers[0].target
+
+        def rate_of(target: LoraTarget) -> float | None:
             rate = unet_lr if target.part == "unet" else rates[target.encoder]
-            rate = default_lr if rate is None else rate
-            if rate:
-                groups.append({"params": [p for layer in layers for p in layer.parameters()], "lr": rate})
-                descriptions.append(owner)
-            else:
-                self.remove(owner)
-                self._built = tuple(layer for layer in self._built if _owner(layer.target) != owner)
-        return groups, descriptions
+            return default_lr if rate is None else rate
+
+        found = optimizer_groups(self.layers, rate_of, self._args, self._blocks)
+        for model in found.without:
+            self.remove(model)
+            self._built = tuple(layer for layer in self._built if owner_of(layer.target) != model)
+        self._frozen = found.frozen
+        for layer in self._frozen:
+            layer.requires_grad_(False)
+        return found.groups, found.names
 
     def enable_gradient_checkpointing(self) -> None:
         """Nothing to switch: a layer is recomputed with the block that holds it, with the same dropout masks."""
 
     def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
-        """Let all attached factors have gradients."""
+        """Let all attached factors have gradients, but for blocks with weight 0."""
         self.requires_grad_(True)
+        for layer in self._frozen:
+            layer.requires_grad_(False)
 
     def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
         """Training mode: dropouts are active."""
@@ -192,26 +220,50 @@ class LoraNetwork(nn.Module):
 
     def get_trainable_params(self) -> list[nn.Parameter]:
         """What the optimizer trains and gradient clipping measures."""
-        return list(self.parameters())
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def weight_norms(self) -> dict[str, float]:
-        """Frobenius norm of each attached LoRA's product, from rank-sized Gram matrices: ||UD||^2 = <U^T U, D D^T>."""
-        norms: dict[str, float] = {}
-        for layer in self.layers:
-            down = layer.lora_down.weight.detach().flatten(1).float()
-            up = layer.lora_up.weight.detach().flatten(1).float()
-            squared = ((up.t() @ up) * (down @ down.t())).sum().clamp(min=0)
-            norms[layer.target.name] = float(squared.sqrt()) * abs(layer.scale)
-        return norms
+    def apply_max_norm_regularization(
+        self, max_norm: float, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`--scale_weight_norms`: shrink each LoRA whose norm is above `max_norm` to it.
+
+        Returns the number of those, and mean and largest norm afterwards, as 0-d tensors on the network's device: no
+        value is waited for. `device` is only named by the protocol.
+        """
+        return norms.limit_norms(self.layers, max_norm)
+
+    def update_norms(self) -> None:
+        """Measure what each attached LoRA adds, for `weight_norms`."""
+        self._norms = norms.product_norms(self.layers)
+
+    def update_grad_norms(self) -> None:
+        """Measure the gradients of each attached LoRA, for `grad_norms`."""
+        self._gradient_norms = norms.gradient_norms(self.layers)
+
+    def weight_norms(self) -> Tensor | None:
+        """The norm of each attached LoRA's product (n,) when `update_norms` was last called; None before that."""
+        return self._norms
+
+    def grad_norms(self) -> Tensor | None:
+        """The norm of each attached LoRA's gradients (n,) when `update_grad_norms` was last called; None before."""
+        return self._gradient_norms
+
+    def combined_weight_norms(self) -> Tensor | None:
+        """The norm of each frozen weight with its LoRA (n,), as it is now."""
+        return norms.combined_norms(self.layers)
+
+    def norms_by_block(self, gradients: bool) -> dict[str, Tensor]:
+        """Block -> norm of its gradients, or of what its LoRAs add, 0-d; see networks.norms."""
+        return norms.norms_by_block(self.layers, self._blocks, gradients)
 
     def file_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The tensors of a file, on the CPU: factors in `dtype` (None: as trained), alphas 0-d float32."""
+        """The tensors of a file, on the CPU: parameters in `dtype` (None: as trained), alphas 0-d float32."""
         tensors: dict[str, Tensor] = {}
         for layer in self.layers:
             name = layer.target.name
             tensors[f"{name}.alpha"] = torch.tensor(layer.alpha_value, dtype=torch.float32)
-            tensors[f"{name}.lora_down.weight"] = layer.lora_down.weight.detach().to("cpu", dtype).contiguous()
-            tensors[f"{name}.lora_up.weight"] = layer.lora_up.weight.detach().to("cpu", dtype).contiguous()
+            for leaf, parameter in layer.named_parameters():
+                tensors[f"{name}.{leaf}"] = parameter.detach().to("cpu", dtype).contiguous()
         return tensors
 
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
@@ -220,6 +272,9 @@ class LoraNetwork(nn.Module):
         The file replaces an older one only after it was read back and found whole (library.weights.check).
         """
         save_lora(self.file_tensors(dtype), Path(file), metadata or {})
+
+
+Network = TypeVar("Network", bound=LoraNetwork)
 
 
 def create_network(
@@ -238,13 +293,19 @@ def create_network(
     and `seed`, from which each module's first weights follow. Raises UserError for unknown names and bad values.
     """
     args = parse(network_dim, network_alpha, kwargs, neuron_dropout=neuron_dropout)
-    context = RandomContext()
-    layers = []
+    return build(LoraNetwork, args, text_encoder, unet, multiplier)
+
+
+def build(kind: type[Network], args: LoraArgs, text_encoder: Any, unet: Any, multiplier: float = 1.0) -> Network:
+    """A network of `kind` for every target module, as the arguments say."""
+    context, layer_class = RandomContext(), _layer_class(kind, args.dora, "--network_args")
     modules, known = _modules(text_encoder, unet)
-    for target, rank in ranked(modules, args.dim, args.conv_dim):
-        alpha = args.conv_alpha if target.kernel == "3x3" else args.alpha
-        layers.append(LoraLayer(target, modules[target], rank, alpha, args, context))
-    return LoraNetwork(layers, context, known, multiplier)
+    blocks = unet_blocks_of({} if unet is None else unet.config)
+    layers = [
+        layer_class(target, modules[target], rank, alpha, args, context)
+        for target, rank, alpha in shaped(modules, args, blocks)
+    ]
+    return kind(layers, context, known, args, blocks, multiplier)
 
 
 def create_network_from_weights(
@@ -262,11 +323,28 @@ def create_network_from_weights(
     Modules that the file lacks are not created. As the protocol has it, the weights are not in the network yet:
     `load_weights` follows `apply_to`. Raises UserError if the file holds what this base model has no place for.
     """
+    args = parse(None, None, kwargs, neuron_dropout=kwargs.get("dropout"), from_file=True)
+    return build_from_weights(LoraNetwork, args, file, text_encoder, unet, weights_sd, for_inference, multiplier)
+
+
+def build_from_weights(
+    kind: type[Network],
+    args: LoraArgs,
+    file: str | Path | None,
+    text_encoder: Any,
+    unet: Any,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    multiplier: float = 1.0,
+) -> tuple[Network, Mapping[str, Tensor]]:
+    """A network of `kind` as a weight file has it, see `create_network_from_weights`.
+
+    A module is a DoRA if the file has magnitudes for it, or if the arguments say so.
+    """
     if weights_sd is None:
         if file is None:
             raise ValueError("neither a file nor its tensors were given")
         weights_sd = read_lora(file)
-    args = parse(None, None, kwargs, neuron_dropout=kwargs.get("dropout"), from_file=True)
     source = str(file or "weights")
     bases, known = _modules(text_encoder, unet)
     modules = modules_of(weights_sd, known, source)
@@ -276,7 +354,8 @@ def create_network_from_weights(
         if module := modules.pop(target.name, None):
             rank = module.down.shape[0]
             fit(module, target, rank, source)
-            layers.append(LoraLayer(target, base, rank, module.alpha, args, context))
+            layer_class = _layer_class(kind, args.dora or module.dora_scale is not None, source)
+            layers.append(layer_class(target, base, rank, module.alpha, args, context))
     if modules:
         raise UserError.single(
             source,
@@ -286,12 +365,34 @@ def create_network_from_weights(
     if for_inference:
         for layer in layers:
             layer.requires_grad_(False)
-    return LoraNetwork(layers, context, known, multiplier), weights_sd
+    blocks = unet_blocks_of({} if unet is None else unet.config)
+    return kind(layers, context, known, args, blocks, multiplier), weights_sd
 
 
-def _owner(target: LoraTarget) -> str:
-    """The model that a target belongs to, as the optimizer's groups are named."""
-    return "unet" if target.part == "unet" else "textencoder" + target.name.split("_")[1].removeprefix("te")
+def _layer_class(kind: type[LoraNetwork], dora: bool, source: str) -> type[LoraLayer]:
+    if dora and kind.layer_class is not LoraLayer:
+        wrong = f"it is a DoRA, which {kind.__module__} can't train"
+        raise UserError.single(source, wrong, "use --network_module networks.lora")
+    return DoraLayer if dora else kind.layer_class
+
+
+def _layer_state(layer: LoraLayer, module: FileModule, source: str | Path) -> dict[str, Tensor]:
+    """A file's tensors for one layer, by leaf. Raises UserError if they don't fit."""
+    down, up = fit(module, layer.target, layer.rank, source)
+    state = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(module.alpha)}
+    magnitudes = fit_magnitudes(module, layer.target, source)
+    if magnitudes is None:
+        return state
+    if not isinstance(layer, DoraLayer):
+        wrong = f"{layer.target.name} is a DoRA there, and here it is none"
+        raise UserError.single(str(source), wrong, "add dora=true to --network_args")
+    return state | {"dora_scale": magnitudes}
+
+
+def _complete(layer: LoraLayer, module: FileModule) -> None:
+    """A DoRA that took over a plain LoRA goes on from exactly that."""
+    if isinstance(layer, DoraLayer) and module.dora_scale is None:
+        layer.match_magnitudes()
 
 
 def _modules(text_encoder: Any, unet: Any) -> tuple[dict[LoraTarget, nn.Module], Spellings]:

@@ -1,23 +1,41 @@
 """`--network_dim`, `--network_alpha` and `--network_args` as one record, whoever calls: a trainer or another program.
 
-The names are those of library.options.modules, where a dry run checks them.
+The names are those of library.options.modules, where a dry run checks them. What a block of the U-Net gets is worked
+out in networks.blocks, where the base model is known.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.errors import Problem, UserError, nearest
-from library.options.modules import LORA_ARGS, LORA_REFUSED
+from library.errors import Problem, UserError
+from library.options import values
+from library.options.block_lists import BlockWeights
+from library.options.flags import Flag
+from library.options.modules import MODULE_ARGS, read_settings
 
-KNOWN = tuple(LORA_ARGS)
+KNOWN = tuple(MODULE_ARGS["networks.lora"])
 _DEFAULT_DIM = 4
-_UNSET = (None, "", "None")
+_NONE: Mapping[str, None] = {"None": None}
+_DIM = Flag("network_dim", "int", limits=(("ge", 1),), synonyms=_NONE)
+_ALPHA = Flag("network_alpha", "float", limits=(("ge", 0),), synonyms=_NONE)
+_DROPOUT = Flag("network_dropout", "float", limits=(("ge", 0), ("lt", 1)), synonyms=_NONE)
+_SEED = Flag("seed", "int", synonyms=_NONE)
+_SHAPES = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
 
 
 @dataclass(frozen=True)
 class LoraArgs:
-    """The shape and the dropouts of a LoRA. `conv_dim` None is LoRA-LierLa, a number LoRA-C3Lier."""
+    """The shape, the dropouts and the learning-rate ratios of a LoRA.
+
+    Attributes:
+        conv_dim: None is LoRA-LierLa, a number LoRA-C3Lier.
+        block_dims, block_alphas, conv_block_dims, conv_block_alphas: an entry for each block of the U-Net.
+        down_lr_weight, mid_lr_weight, up_lr_weight: what the U-Net's learning rate is multiplied by.
+        block_lr_zero_threshold: weights up to it count as 0.
+        loraplus_unet, loraplus_text_encoder: what the learning rate of up-factors is multiplied by (LoRA+).
+        dora: magnitudes are trained beside directions (DoRA).
+    """
 
     dim: int
     alpha: float
@@ -27,6 +45,17 @@ class LoraArgs:
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     seed: int = 0
+    block_dims: tuple[int, ...] | None = None
+    block_alphas: tuple[float, ...] | None = None
+    conv_block_dims: tuple[int, ...] | None = None
+    conv_block_alphas: tuple[float, ...] | None = None
+    down_lr_weight: BlockWeights | None = None
+    mid_lr_weight: BlockWeights | None = None
+    up_lr_weight: BlockWeights | None = None
+    block_lr_zero_threshold: float = 0.0
+    loraplus_unet: float | None = None
+    loraplus_text_encoder: float | None = None
+    dora: bool = False
 
 
 def parse(
@@ -36,75 +65,57 @@ def parse(
     *,
     neuron_dropout: object = None,
     from_file: bool = False,
+    module: str = "networks.lora",
 ) -> LoraArgs:
     """`--network_dim`, `--network_alpha`, `--network_dropout` and `--network_args` as one record.
 
     Values may be text. No dim means 4; no alpha, or 0, means the rank, as does a `conv_alpha` of 0, whose default is 1.
     `conv_dim` 0 or "None" means none. `from_file`: ranks and alphas come from a weight file and may not be given.
-    Raises UserError with every problem: names that are unknown or not supported, and values out of range.
+    `module` is whose settings these are; what it doesn't have keeps its default.
+    Raises UserError with every problem: names that are unknown, and values that can't be read or are out of range.
     """
-    reader = _Reader(network_args)
-    if from_file:
-        for name in ("conv_dim", "conv_alpha"):
-            if network_args.get(name) not in _UNSET:
-                reader.add(
-                    name, "can't be combined with --dim_from_weights", "the weight file decides ranks and alphas"
-                )
-    rank = reader.number("--network_dim", dim, _DEFAULT_DIM, low=1, whole=True)
-    conv_dim = reader.number("conv_dim", network_args.get("conv_dim"), 0, low=0, whole=True)
-    conv_alpha = reader.number("conv_alpha", network_args.get("conv_alpha"), 1.0, low=0)
-    plain_alpha = reader.number("--network_alpha", alpha, 0.0, low=0)
-    dropout = neuron_dropout if neuron_dropout not in _UNSET else network_args.get("dropout")
-    found = LoraArgs(
-        dim=int(rank),
-        alpha=plain_alpha or rank,
-        conv_dim=int(conv_dim) or None,
-        conv_alpha=conv_alpha or conv_dim,
-        dropout=reader.number("dropout", dropout, 0.0, low=0, below=1),
-        rank_dropout=reader.number("rank_dropout", network_args.get("rank_dropout"), 0.0, low=0, below=1),
-        module_dropout=reader.number("module_dropout", network_args.get("module_dropout"), 0.0, low=0, below=1),
-        seed=int(reader.number("seed", network_args.get("seed"), 0, low=float("-inf"), whole=True)),
-    )
-    reader.done()
-    return found
+    given = {name: value for name, value in network_args.items() if name != "seed"}
+    settings = read_settings(module, given, lambda name: f"--network_args {name}")
+    found, problems = settings.values, settings.problems
+    for name in _SHAPES if from_file else ():
+        if name in found:
+            wrong = "can't be combined with --dim_from_weights"
+            problems.append(Problem(f"--network_args {name}", wrong, "the weight file decides ranks and alphas"))
 
-
-class _Reader:
-    """Reads values and keeps every problem, so that a user mends them in one go."""
-
-    def __init__(self, network_args: Mapping[str, Any]) -> None:
-        self.problems: list[Problem] = []
-        for name in network_args:
-            if name in LORA_REFUSED:
-                self.add(name, LORA_REFUSED[name])
-            elif name not in (*KNOWN, "seed"):
-                self.add(
-                    name, "networks.lora has no such argument", nearest(name, KNOWN) or f"it has {', '.join(KNOWN)}"
-                )
-
-    def add(self, name: str, wrong: str, advice: str = "") -> None:
-        where = name if name.startswith("--") else f"--network_args {name}"
-        self.problems.append(Problem(where, wrong, advice))
-
-    def number(
-        self, name: str, value: object, default: float, *, low: float, below: float | None = None, whole: bool = False
-    ) -> float:
-        """`value` as a number of at least `low` and less than `below`, or a problem and the default."""
-        if value in _UNSET:
-            return default
+    def number(flag: Flag, raw: object, default: float) -> float:
         try:
-            number = float(str(value))
-        except ValueError:
-            number = float("nan")
-        in_range = low <= number < (below if below is not None else float("inf"))
-        if in_range and (not whole or number == int(number)):
-            return int(str(value)) if whole and str(value).isdigit() else number
-        allowed = (
-            ("a whole number" if whole else "a number") + f" from {low:g}" + (f" to below {below:g}" if below else "")
-        )
-        self.add(name, f"{value!r} is not {allowed}")
-        return default
+            value = values.read(flag, raw)
+        except ValueError as error:
+            problems.append(Problem(flag.option, str(error)))
+            return default
+        return default if value is values.UNSET else float(value)
 
-    def done(self) -> None:
-        if self.problems:
-            raise UserError(self.problems)
+    rank = int(number(_DIM, dim, _DEFAULT_DIM))
+    plain_alpha = number(_ALPHA, alpha, 0.0)
+    dropout = number(_DROPOUT, neuron_dropout, found.get("dropout", 0.0))
+    seed = int(number(_SEED, network_args.get("seed"), 0))
+    if problems:
+        raise UserError(problems)
+    conv_dim = found.get("conv_dim") or None
+    ratio = found.get("loraplus_lr_ratio")
+    return LoraArgs(
+        dim=rank,
+        alpha=plain_alpha or float(rank),
+        conv_dim=conv_dim,
+        conv_alpha=found.get("conv_alpha", 1.0) or float(conv_dim or 0),
+        dropout=dropout,
+        rank_dropout=found.get("rank_dropout", 0.0),
+        module_dropout=found.get("module_dropout", 0.0),
+        seed=seed,
+        block_dims=found.get("block_dims"),
+        block_alphas=found.get("block_alphas"),
+        conv_block_dims=found.get("conv_block_dims"),
+        conv_block_alphas=found.get("conv_block_alphas"),
+        down_lr_weight=found.get("down_lr_weight"),
+        mid_lr_weight=found.get("mid_lr_weight"),
+        up_lr_weight=found.get("up_lr_weight"),
+        block_lr_zero_threshold=found.get("block_lr_zero_threshold", 0.0),
+        loraplus_unet=found.get("loraplus_unet_lr_ratio", ratio),
+        loraplus_text_encoder=found.get("loraplus_text_encoder_lr_ratio", ratio),
+        dora=found.get("dora", False) or found.get("dora_wd", False),
+    )

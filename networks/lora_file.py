@@ -5,6 +5,7 @@ Imports no torch: of the tensors only shapes and alphas are looked at, so that a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,19 +22,22 @@ _OTHERS = {
     "a1.": "a LyCORIS file (GLoRA)",
     "on_input": "a LyCORIS file (IA3)",
     "diff": "a LyCORIS file (full)",
-    "dora_scale": "a DoRA file",
 }
 _BASE_MODEL = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
-_LEAVES = ("lora_down.weight", "lora_up.weight", "alpha")
+_LEAVES = ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
 
 
 @dataclass(frozen=True)
 class FileModule:
-    """One LoRA of a file: `down` (r, in[, k, k]), `up` (out, r[, 1, 1]), `alpha` (the rank if the file has none)."""
+    """One LoRA of a file: `down` (r, in[, k, k]), `up` (out, r[, 1, 1]), `alpha` (the rank if the file has none).
+
+    `dora_scale`: the magnitudes (out, 1[, 1, 1]) of a DoRA, else None.
+    """
 
     down: "Tensor"
     up: "Tensor"
     alpha: float
+    dora_scale: "Tensor | None" = None
 
 
 def group(tensors: "Mapping[str, Tensor]", source: str | Path) -> dict[str, FileModule]:
@@ -54,7 +58,7 @@ def group(tensors: "Mapping[str, Tensor]", source: str | Path) -> dict[str, File
             raise UserError.single(str(source), f"{name} lacks lora_down or lora_up", "the file is incomplete")
         down = found["lora_down.weight"]
         alpha = float(found["alpha"]) if "alpha" in found else float(down.shape[0])
-        modules[name] = FileModule(down, found["lora_up.weight"], alpha)
+        modules[name] = FileModule(down, found["lora_up.weight"], alpha, found.get("dora_scale"))
     return modules
 
 
@@ -81,6 +85,25 @@ def fit(module: FileModule, target: LoraTarget, rank: int, source: str | Path) -
             )
         factors.append(tensor.reshape(shape))
     return factors[0], factors[1]
+
+
+def fit_magnitudes(module: FileModule, target: LoraTarget, source: str | Path) -> "Tensor | None":
+    """The magnitudes of a DoRA in the target's shape, (out, 1[, 1, 1]); None if the module has none.
+
+    Raises UserError if they aren't one for each output: LyCORIS files can have one for each input, (1, in[, 1, 1]).
+    """
+    if module.dora_scale is None:
+        return None
+    found = tuple(module.dora_scale.shape)
+    if prod(found) != target.out_features or found[0] != target.out_features:
+        wrong = f"{target.name} has a dora_scale of shape {found}, not one number for each output"
+        raise UserError.single(str(source), wrong, "only files that weigh outputs (LyCORIS: wd_on_output=True) will do")
+    return module.dora_scale.reshape(magnitude_shape(target))
+
+
+def magnitude_shape(target: LoraTarget) -> tuple[int, ...]:
+    """The shape of `dora_scale`: (out, 1), of a convolution (out, 1, 1, 1)."""
+    return (target.out_features, *(1 for _ in target.shapes(1)[0][1:]))
 
 
 def _core(shape: tuple[int, ...]) -> tuple[int, ...]:

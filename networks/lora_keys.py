@@ -30,9 +30,11 @@ _STRANGERS = {
 }
 _PEFT = re.compile(
     r"(unet|text_encoder|text_encoder_2)\.(.+?)\."
-    r"(?:(lora_A|lora\.down|lora_linear_layer\.down)\.weight|(lora_B|lora\.up|lora_linear_layer\.up)\.weight|alpha)"
+    r"(?:(lora_A|lora\.down|lora_linear_layer\.down)\.weight|(lora_B|lora\.up|lora_linear_layer\.up)\.weight"
+    r"|(lora_magnitude_vector)(?:\.weight)?|alpha)"
 )
 _PEFT_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_PEFT_LEAVES = ("lora_down.weight", "lora_up.weight", "dora_scale")
 _PEFT_SETTINGS = "lora_adapter_metadata"
 
 
@@ -143,12 +145,14 @@ def _from_peft(tensors: "Mapping[str, Tensor]", settings: Mapping[str, Any]) -> 
         if match is None:
             found[key] = tensor
             continue
-        part, path, down, up = match.groups()
+        part, path, down, up, magnitude = match.groups()
         if part != "unet":
             path = "text_model." + path.removeprefix("text_model.")
         name = _PEFT_PREFIXES[part] + diffusers_key(path)
-        leaf = "lora_down.weight" if down else "lora_up.weight" if up else "alpha"
-        found[f"{name}.{leaf}"] = tensor
+        leaf = next(
+            (leaf for found_one, leaf in zip((down, up, magnitude), _PEFT_LEAVES, strict=True) if found_one), "alpha"
+        )
+        found[f"{name}.{leaf}"] = tensor.reshape((-1, *(1,) * max(tensor.ndim - 1, 1))) if magnitude else tensor
         alpha = _peft_alpha(settings, part, match[2]) if down else None
         if alpha is not None:
             root = tensor.shape[0] ** 0.5 if settings.get(f"{part}.use_rslora") else 1.0

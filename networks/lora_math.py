@@ -4,7 +4,9 @@
 
 Beside the frozen layer's own kernel a Linear has two: one product with `down`, and one that multiplies by `up` and the
 scale and adds to the base's result in place. Adapters are fp32; if the frozen layer computes in another dtype the two
-small factors are cast, never `x`. `mask` is a tensor of zeros and ones that dropouts draw (None without them).
+small factors are cast, never `x`. A frozen weight that is stored in another dtype (float8) is cast when it is used, in
+the forward and again in the backward, so that the copy lives no longer than the product. `mask` is a tensor of zeros
+and ones that dropouts draw (None without them).
 """
 
 from typing import Any
@@ -40,15 +42,16 @@ class FrozenLinearWithLora(torch.autograd.Function):
         scale: float,
         mask: Tensor | None,
     ) -> Tensor:
-        """x (..., in), weight (out, in), down (r, in), up (out, r), mask broadcast to (..., r); result (..., out)."""
+        """x (..., in), weight (out, in) as it is stored, down (r, in), up (out, r), mask broadcast to (..., r); result
+        (..., out). All but the weight and the factors are in the dtype of `x`."""
         rows = x.reshape(-1, x.shape[-1])
         small_down, small_up = down.to(x.dtype), up.to(x.dtype)
         hidden = torch.mm(rows, small_down.t())
         if mask is not None:
             hidden.view(*x.shape[:-1], -1).mul_(mask)
-        out = functional.linear(rows, weight, bias)
+        out = functional.linear(rows, weight.to(x.dtype), bias)
         out.addmm_(hidden, small_up.t(), alpha=scale)
-        ctx.save_for_backward(rows, hidden, weight, small_down, small_up, mask)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, hidden, weight, small_down, small_up, mask)
         ctx.scale = scale
         ctx.dtypes = down.dtype, up.dtype
         ctx.lead = x.shape[:-1]
@@ -72,7 +75,7 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient.view(*ctx.lead, -1).mul_(mask)
     x_gradient = down_gradient = up_gradient = None
     if ctx.needs_input_grad[0]:
-        x_gradient = torch.mm(gradient, weight).addmm_(hidden_gradient, down).view(*ctx.lead, -1)
+        x_gradient = torch.mm(gradient, weight.to(gradient.dtype)).addmm_(hidden_gradient, down).view(*ctx.lead, -1)
     if ctx.needs_input_grad[3]:
         down_gradient = torch.mm(hidden_gradient.t(), rows).to(ctx.dtypes[0])
     if ctx.needs_input_grad[4]:

@@ -31,6 +31,22 @@ class TextEncoder:
 
 
 @dataclass(frozen=True)
+class UnetBlocks:
+    """How lists of settings for each block count the blocks of a U-Net: `down`, `mid` and `up`, and `ends` more before
+    and after them, which no LoRA trains."""
+
+    down: int
+    mid: int
+    up: int
+    ends: int = 0
+
+    @property
+    def length(self) -> int:
+        """The entries of a list for all blocks."""
+        return self.down + self.mid + self.up + 2 * self.ends
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of base models.
 
@@ -43,6 +59,7 @@ class Family:
         unet_key: a diffusers module path -> how the keys of LoRA files spell it.
         v2: it is what `--v2` means.
         probes_prediction: files of this family predict noise or velocity and often don't say which.
+        blocks: how its U-Net's blocks are counted.
         usual_clip_skips: what its models are made for, the default first.
         takes_sizes: its U-Net is told the picture's size and the crop's place.
         fp16_fragile_vae: its usual VAE overflows in float16.
@@ -56,6 +73,7 @@ class Family:
     latents_kind: str
     latent_scale: float
     unet_key: Callable[[str], str]
+    blocks: UnetBlocks
     usual_clip_skips: tuple[int, ...]
     v2: bool = False
     probes_prediction: bool = False
@@ -66,6 +84,9 @@ class Family:
     def parts(self) -> tuple[Part, ...]:
         """The parts that a base model of this family consists of."""
         return ("unet", "vae", *(encoder.part for encoder in self.text_encoders))
+
+
+_SD_BLOCKS = UnetBlocks(down=12, mid=1, up=12)
 
 
 def diffusers_key(path: str) -> str:
@@ -82,6 +103,7 @@ SD1 = Family(
     latents_kind="sd",
     latent_scale=0.18215,
     unet_key=diffusers_key,
+    blocks=_SD_BLOCKS,
     usual_clip_skips=(1, 2),
 )
 SD2 = Family(
@@ -93,6 +115,7 @@ SD2 = Family(
     latents_kind="sd",
     latent_scale=0.18215,
     unet_key=diffusers_key,
+    blocks=_SD_BLOCKS,
     usual_clip_skips=(1,),
     v2=True,
     probes_prediction=True,
@@ -109,6 +132,7 @@ SDXL = Family(
     latents_kind="sdxl",
     latent_scale=0.13025,
     unet_key=sgm_key,
+    blocks=UnetBlocks(down=9, mid=3, up=9, ends=1),
     usual_clip_skips=(2,),
     takes_sizes=True,
     fp16_fragile_vae=True,
@@ -118,4 +142,13 @@ FAMILIES: Mapping[FamilyName, Family] = MappingProxyType({"sd1": SD1, "sd2": SD2
 
 def unet_key_of(config: Mapping[str, Any]) -> Callable[[str], str]:
     """How LoRA files spell the modules of a U-Net with this diffusers config: only SDXL's takes sizes beside text."""
-    return sgm_key if config.get("addition_embed_type") == "text_time" else diffusers_key
+    return sgm_key if _takes_sizes(config) else diffusers_key
+
+
+def unet_blocks_of(config: Mapping[str, Any]) -> UnetBlocks:
+    """How the blocks of a U-Net with this diffusers config are counted."""
+    return SDXL.blocks if _takes_sizes(config) else _SD_BLOCKS
+
+
+def _takes_sizes(config: Mapping[str, Any]) -> bool:
+    return config.get("addition_embed_type") == "text_time"

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub; torch-free. The only module that may touch the network.
+"""Models by their name on the Hugging Face hub; torch-free. Models come through nothing else.
 
 What the local cache holds is used without asking; only what is missing of the files that a run reads is downloaded.
 """

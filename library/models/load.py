@@ -27,6 +27,7 @@ def load(
     with_unet: bool = True,
     with_text_encoders: bool = True,
     with_vae: bool = True,
+    text_encoders_in_ram: bool = False,
 ) -> Model:
     """Read a model's weights into frozen modules. A prediction type that nobody told is probed, and said in one line.
 
@@ -37,6 +38,7 @@ def load(
         weighted: brackets in captions weigh words.
         with_unet: without it, nothing can be predicted: for tools that only encode.
         with_text_encoders, with_vae: without them, they are read when they are first needed.
+        text_encoders_in_ram: they are read into RAM, and are on the device only while they encode.
 
     Raises:
         UserError: a flag that the model can't follow, weights that don't fit its configs, or that are no numbers.
@@ -49,7 +51,7 @@ def load(
         text_encoders=tuple(
             load_part(info, encoder.part, device=place, dtype=dtype)
             for encoder in info.family.text_encoders
-            if with_text_encoders
+            if with_text_encoders and not text_encoders_in_ram
         ),
         vae=load_part(info, "vae", device=place, dtype=vae_dtype) if with_vae else None,
         device=place,
@@ -59,6 +61,8 @@ def load(
         max_token_length=max_token_length,
         weighted=weighted,
     )
+    if text_encoders_in_ram:
+        model.keep_text_encoders_in_ram()
     if info.prediction_type is None and with_unet:
         value = probe.measure(model)
         model.prediction_type = probe.prediction_type(value)

@@ -7,6 +7,7 @@ this module's business.
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from library.conditioning import Conditioning
 from library.console import say
-from library.models import samplers
+from library.models import fp8, samplers
+from library.models.checkpointing import checkpoint_text_encoder, checkpoint_unet
+from library.models.compiling import compile_blocks, uncompiled
 from library.models.families import Part, PredictionType
 from library.models.info import ModelInfo
 from library.models.memory import give_back
+from library.models.offload import KeptInRam
 from library.models.parts import load_part
 from library.models.prompts import TextStates, encode_rows, token_rows, weighted_rows
 from library.models.schedule import alphas_cumprod
@@ -30,7 +34,7 @@ _CHUNK_PIXELS = 2 * 512 * 512
 
 
 class Model(ABC):
-    """Frozen U-Net and text encoders in one dtype, VAE in another, all on one device.
+    """Frozen U-Net and text encoders in one dtype, VAE in another, all on one device but for what is kept in RAM.
 
     Attributes:
         latent_scale: what posterior means are multiplied by before noise is added.
@@ -67,7 +71,9 @@ class Model(ABC):
         self.text_widths = info.text_widths
         self._exact_vae: torch.nn.Module | None = None
         self._overflow_told = False
-        self._checkpointing = self._autocasts = False
+        self._autocasts = self._compiled = self._text_in_fp8 = self._text_in_ram = False
+        self._checkpointing: int | None = None
+        self._kept_text: KeptInRam | None = None
         self._ids: dict[str, str] = {}
 
     @property
@@ -87,14 +93,41 @@ class Model(ABC):
         encoders = self.reload_text_encoders()
         return list(encoders) if len(encoders) > 1 else encoders[0]
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass. Puts the modules into train mode, which nothing in them acts on
-        but checkpointing: they are built without dropout."""
-        self._checkpointing = True
-        cast(Any, self.unet).enable_gradient_checkpointing()
-        self.unet.train()
+    def enable_gradient_checkpointing(self, every: int = 1, attention_only: bool = False) -> None:
+        """Recompute activations in the backward pass: all, or those of every n-th block, or of the U-Net's attention
+        blocks only. Puts the modules into train mode, which nothing in them acts on but checkpointing: they are built
+        without dropout."""
+        self._checkpointing = every
+        checkpoint_unet(self.unet, every, attention_only)
         for text_encoder in self.text_encoders:
-            _checkpoint(text_encoder)
+            checkpoint_text_encoder(text_encoder, every)
+
+    def store_in_fp8(self, *, unet: bool, text_encoders: bool) -> int:
+        """Keep frozen weights in 8 bits from now on, also those that are read later; compute as before. Weights that
+        are merged into the model must be in it by now. Returns the bytes saved."""
+        saved = fp8.store(self.unet) if unet else 0
+        self._text_in_fp8 = text_encoders
+        if text_encoders:
+            saved += sum(fp8.store(one) for one in self.text_encoders)
+            self._ids.pop("text", None)
+            self._settle_text_encoders()
+        return saved
+
+    def keep_text_encoders_in_ram(self) -> None:
+        """Text encoders are on the device only from when they encode until something else computes. Not for those that
+        train."""
+        self._text_in_ram = True
+        self._settle_text_encoders()
+
+    def _settle_text_encoders(self) -> None:
+        """Where text encoders are kept in RAM, take them there as they are now."""
+        if self._text_in_ram and self.text_encoders:
+            self._kept_text = KeptInRam(self.text_encoders, self.device)
+
+    def compile_unet(self, backend: str) -> int:
+        """Compile the U-Net's blocks, for what runs with gradients. Returns how many there are."""
+        self._compiled = True
+        return compile_blocks(self.unet, backend)
 
     def suit_foreign_networks(self) -> None:
         """Compute under autocast from now on, and lay weights out plainly: networks of other projects don't follow the
@@ -116,6 +149,8 @@ class Model(ABC):
     ) -> tuple[TextStates, torch.Tensor]:
         """The states of one encoder as `encode_rows` has them, and the token rows (b, n, 77) on the device."""
         encoder, pad_id = self.reload_text_encoders()[index], self.family.text_encoders[index].pad_id
+        if self._kept_text is not None:
+            self._kept_text.bring()
         weights = None
         if self.weighted:
             rows, weights = weighted_rows(captions, self.max_words, pad_id)
@@ -136,7 +171,9 @@ class Model(ABC):
             sizes: (b, 6) in pixels, of families that take sizes: original height and width, crop top and left, target
                 height and width. None stands for a picture of the latents' size, not cropped.
         """
-        with self._autocast():
+        self.done_encoding()
+        eager = uncompiled() if self._compiled and not torch.is_grad_enabled() else nullcontext()
+        with self._autocast(), eager:
             output = self.unet(
                 noisy.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last),
                 timesteps.to(self.device),
@@ -145,6 +182,11 @@ class Model(ABC):
                 **self._added(noisy, conditioning, sizes),
             )
         return cast(Tensor, output[0]).float()
+
+    def done_encoding(self) -> None:
+        """Text encoders that are kept in RAM leave the device, until the next prompts."""
+        if self._kept_text is not None:
+            self._kept_text.drop()
 
     def _added(self, noisy: Tensor, conditioning: Conditioning, sizes: Tensor | None) -> dict[str, Any]:
         """What the family's U-Net takes besides noise, time and text states."""
@@ -175,6 +217,7 @@ class Model(ABC):
 
     def _safely(self, work: Callable[[Any, Tensor], Tensor], inputs: Tensor) -> Tensor:
         """`work` by the VAE, and by one in float32 if a 16-bit one gives no finite numbers; (b, ...) float32."""
+        self.done_encoding()
         vae = self.reload_vae()
         result = work(vae, inputs.to(self.device, self.vae_dtype, memory_format=torch.channels_last)).float()
         if self.vae_dtype == torch.float32 or bool(torch.isfinite(result).all()):
@@ -186,9 +229,9 @@ class Model(ABC):
             self._exact_vae = self._load("vae", torch.float32)
         return work(self._exact_vae, inputs.to(self.device, torch.float32, memory_format=torch.channels_last)).float()
 
-    def _load(self, part: Part, dtype: torch.dtype) -> torch.nn.Module:
+    def _load(self, part: Part, dtype: torch.dtype, *, in_ram: bool = False) -> torch.nn.Module:
         with torch.inference_mode(False):
-            return load_part(self.info, part, device=self.device, dtype=dtype)
+            return load_part(self.info, part, device=torch.device("cpu") if in_ram else self.device, dtype=dtype)
 
     def reload_vae(self) -> torch.nn.Module:
         """The VAE, read again if it was released."""
@@ -204,15 +247,20 @@ class Model(ABC):
     def reload_text_encoders(self) -> tuple[torch.nn.Module, ...]:
         """The text encoders, read again if they were released."""
         if not self.text_encoders:
-            self.text_encoders = tuple(self._load(encoder.part, self.dtype) for encoder in self.family.text_encoders)
-            if self._checkpointing:
-                for text_encoder in self.text_encoders:
-                    _checkpoint(text_encoder)
+            in_ram = self._text_in_ram
+            parts = [encoder.part for encoder in self.family.text_encoders]
+            self.text_encoders = tuple(self._load(part, self.dtype, in_ram=in_ram) for part in parts)
+            for text_encoder in self.text_encoders:
+                if self._text_in_fp8:
+                    fp8.store(text_encoder)
+                if self._checkpointing is not None:
+                    checkpoint_text_encoder(text_encoder, self._checkpointing)
+            self._settle_text_encoders()
         return self.text_encoders
 
     def release_text_encoders(self) -> None:
         """Give the text encoders' memory back. Not for text encoders that train or carry a network."""
-        self.text_encoders = ()
+        self.text_encoders, self._kept_text = (), None
         give_back(self.device)
 
     def vae_id(self) -> str:
@@ -240,13 +288,14 @@ class Model(ABC):
         return self._ids["text"]
 
     def pipeline(
-        self, sampler: str, encode: Callable[[Sequence[str]], Conditioning] | None = None
+        self, sampler: str, encode: Callable[[Sequence[str]], Conditioning] | None = None, *, offload: bool = False
     ) -> "PreviewPipeline":
         """What draws previews with these very modules, adapters included.
 
         Args:
             sampler: a name of `samplers.SAMPLERS`.
             encode: prompts -> conditioning, `encode_prompts` where it is None.
+            offload: have on the device only the part that works.
 
         Raises:
             UserError: no such sampler.
@@ -255,14 +304,7 @@ class Model(ABC):
 
         zero_snr = self.zero_terminal_snr
         scheduler = samplers.scheduler(sampler, self.info.scheduler_config, self.prediction_type, zero_snr=zero_snr)
-        return PreviewPipeline(self, scheduler, encode or self.encode_prompts)
-
-
-def _checkpoint(text_encoder: torch.nn.Module) -> None:
-    module = cast(Any, text_encoder)
-    newer = getattr(module, "activation_checkpointing_enable", None)
-    (newer or module.gradient_checkpointing_enable)({"use_reentrant": False})
-    module.train()
+        return PreviewPipeline(self, scheduler, encode or self.encode_prompts, offload=offload)
 
 
 def _posterior_mean(vae: Any, pixels: Tensor) -> Tensor:

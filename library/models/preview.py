@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from library.conditioning import Conditioning
+from library.models.offload import set_aside
 
 if TYPE_CHECKING:
     from library.models.model import Model
@@ -30,11 +31,19 @@ class PreviewOutput:
 class PreviewPipeline:
     """`pipeline(prompt=..., negative_prompt=..., width=..., height=..., latents=...).images`.
 
-    The U-Net and text encoder stay in the mode (train or eval) that the caller left them in.
+    The U-Net and text encoder stay in the mode (train or eval) that the caller left them in. With `offload` the text
+    encoders and the VAE are in RAM while the U-Net draws, and the U-Net and they while the VAE decodes.
     """
 
-    def __init__(self, model: "Model", scheduler: Any, encode: Callable[[Sequence[str]], Conditioning]) -> None:
-        self.model, self.scheduler, self.encode = model, scheduler, encode
+    def __init__(
+        self,
+        model: "Model",
+        scheduler: Any,
+        encode: Callable[[Sequence[str]], Conditioning],
+        *,
+        offload: bool = False,
+    ) -> None:
+        self.model, self.scheduler, self.encode, self.offload = model, scheduler, encode, offload
 
     @torch.no_grad()
     def __call__(
@@ -48,6 +57,7 @@ class PreviewPipeline:
         guidance_scale: float = 7.5,
         latents: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        conditioning: Conditioning | None = None,
     ) -> PreviewOutput:
         """Draw one picture per prompt.
 
@@ -56,6 +66,7 @@ class PreviewPipeline:
             guidance_scale: 1 or less draws without guidance, at half the cost.
             latents: starting noise (b, c, h, w) of unit variance; drawn from `generator` where it is None.
             generator: a CPU generator, also for samplers that add noise on the way.
+            conditioning: what `text_of` gave for the same prompts and guidance, where it is drawn from more than once.
 
         Raises:
             ValueError: a size that is no multiple of the VAE's factor.
@@ -68,10 +79,21 @@ class PreviewPipeline:
             channels = int(model.info.unet_config.get("in_channels", 4))
             shape = (len(prompts), channels, height // model.vae_factor, width // model.vae_factor)
             latents = torch.randn(shape, generator=generator)
+        text = self.text_of(prompts, negative_prompt, guidance_scale) if conditioning is None else conditioning
+        model.done_encoding()
+        encoders: tuple[torch.nn.Module, ...] = model.text_encoders if self.offload else ()
+        with set_aside(encoders, model.device):
+            with set_aside([model.vae] if self.offload else [], model.device):
+                drawn = self._sample(latents, text, num_inference_steps, guidance_scale, generator)
+            with set_aside([model.unet] if self.offload else [], model.device):
+                return PreviewOutput(self._pictures(drawn))
+
+    @torch.no_grad()
+    def text_of(self, prompt: str | Sequence[str], negative_prompt: str | None, guidance_scale: float) -> Conditioning:
+        """The conditioning of prompts, and behind it, where there is guidance, that of as many negative ones."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         guided = guidance_scale > 1
-        text = self.encode([*prompts, *[negative_prompt or ""] * len(prompts) * guided])
-        drawn = self._sample(latents, text, num_inference_steps, guidance_scale, generator)
-        return PreviewOutput(self._pictures(drawn))
+        return self.encode([*prompts, *[negative_prompt or ""] * len(prompts) * guided])
 
     def _sample(
         self,

@@ -3,7 +3,6 @@
 Datasets and their sizes are checked where they are read (options.datasets).
 """
 
-import ast
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,46 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from library.errors import Problem, nearest
-from library.options import modules, values
-from library.options.flags import Flag
+from library.errors import Problem
+from library.options import (
+    logging_checks,
+    loss_checks,
+    module_checks,
+    modules,
+    optimizer_checks,
+    precision_checks,
+    run_checks,
+    state_checks,
+)
 from library.options.registry import FLAGS, Options
 
-_OPTIMIZERS = [
-    "Lion",
-    "AdamW8bit",
-    "SGDNesterov8bit",
-    "Lion8bit",
-    "PagedAdamW8bit",
-    "PagedLion8bit",
-    "PagedAdamW",
-    "PagedAdamW32bit",
-    "SGDNesterov",
-    "DAdaptation",
-    "DAdaptAdamPreprint",
-    "DAdaptAdaGrad",
-    "DAdaptAdam",
-    "DAdaptAdan",
-    "DAdaptAdanIP",
-    "DAdaptLion",
-    "DAdaptSGD",
-    "Prodigy",
-    "Adafactor",
-    "RAdamScheduleFree",
-    "AdamWScheduleFree",
-    "SGDScheduleFree",
-]
-_BELOW_1 = (("ge", 0.0), ("lt", 1.0))
-_ADAMW_ARGS = {
-    flag.name: flag
-    for flag in (
-        Flag("weight_decay", "float", limits=(("ge", 0.0),)),
-        Flag("eps", "float", limits=(("ge", 0.0),)),
-        Flag("betas", "float", many=True, limits=_BELOW_1),
-        *(Flag(name, "flag") for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")),
-    )
-}
-_SCHEDULE_ARGS = {"polynomial": {"lr_end": Flag("lr_end", "float", limits=(("ge", 0.0),))}}
 NEEDS: Mapping[str, str] = {
     "pretrained_model_name_or_path": "give the base model: a checkpoint file, a diffusers folder or a hub id",
     "output_dir": "give the folder for the results",
@@ -69,6 +41,17 @@ _OF_A_CLASS = (
 _PROMPT_FILES = (".txt", ".toml", ".json")
 
 
+_MODULES = (
+    optimizer_checks,
+    loss_checks,
+    module_checks,
+    precision_checks,
+    logging_checks,
+    state_checks,
+    run_checks,
+)
+
+
 @dataclass
 class Checked:
     """What is wrong, and lines to show."""
@@ -84,10 +67,13 @@ def check(options: Options, bad: frozenset[str], needs: Sequence[str]) -> Checke
     """
     found = Checked()
     mentioned = {place for name in bad for place in (options.where(name), f"--{name}")}
-    every: list[Callable[[Options], Iterator[Problem]]] = [partial(_required, needs=needs), *_CHECKS]
+    others = [module.problems for module in _MODULES]
+    every: list[Callable[[Options], Iterator[Problem]]] = [partial(_required, needs=needs), *_CHECKS, *others]
     for one in every:
         found.problems.extend(problem for problem in one(options) if problem.where not in mentioned)
     found.notices.extend(_notices(options))
+    for module in _MODULES:
+        found.notices.extend(module.notices(options))
     return found
 
 
@@ -114,7 +100,8 @@ def _paths(options: Options) -> Iterator[Problem]:
     if title is not None and (Path(title).name != title or title in (".", "..") or "\0" in title):
         yield Problem(options.where("output_name"), f"{title!r} is no file name", "the folder is --output_dir")
     resume = options.training.resume
-    if resume is not None and resume != "latest" and not _is_folder(resume):
+    local = resume is not None and not options.hub.resume_from_huggingface
+    if local and resume != "latest" and not _is_folder(str(resume)):
         yield Problem(options.where("resume"), f"there is no state folder {resume}", "give its path, or `latest`")
 
 
@@ -139,61 +126,6 @@ def _makeable(folder: Path, where: str) -> Iterator[Problem]:
         yield Problem(where, f"{folder} can't be written: no permission in {ancestor}")
 
 
-def _schedule(options: Options) -> Iterator[Problem]:
-    flags = options.optimizer
-    if flags.lr_scheduler == "constant" and flags.lr_warmup_steps:
-        wrong = "constant has no warmup, so that it would have no effect"
-        yield Problem(options.where("lr_warmup_steps"), wrong, "use --lr_scheduler constant_with_warmup")
-    where = options.where("lr_scheduler_args")
-    found, problems = modules.pairs(flags.lr_scheduler_args or (), where)
-    yield from problems
-    known = _SCHEDULE_ARGS.get(flags.lr_scheduler, {})
-    yield from _settings(found, known, f"--lr_scheduler {flags.lr_scheduler}", where)
-
-
-def _optimizer(options: Options) -> Iterator[Problem]:
-    flags = options.optimizer
-    name = flags.optimizer_type
-    if name.lower() not in ("", "adamw"):
-        known = {known.lower(): known for known in _OPTIMIZERS}.get(name.lower())
-        wrong = f"{known} is not supported yet" if known else f"there is no optimizer {name}"
-        hint = "" if known else nearest(name, ["AdamW", *_OPTIMIZERS])
-        yield Problem(options.where("optimizer_type"), wrong, hint or "use AdamW")
-    where = options.where("optimizer_args")
-    found, problems = modules.pairs(flags.optimizer_args or (), where)
-    yield from problems
-    if name.lower() in ("", "adamw"):
-        yield from _settings(found, _ADAMW_ARGS, "AdamW", where)
-    if len(flags.text_encoder_lr or ()) > 2:
-        yield Problem(
-            options.where("text_encoder_lr"), "more than two learning rates", "no model has more text encoders"
-        )
-
-
-def _settings(found: dict[str, str], known: dict[str, Flag], owner: str, where: str) -> Iterator[Problem]:
-    """Problems of settings that `owner` doesn't have, or whose values are no Python literals of the right type."""
-    for key, text in found.items():
-        if key not in known:
-            listed = f"known are {', '.join(known)}" if known else "it has none"
-            yield Problem(where, f"{owner} has no setting {key}", nearest(key, known) or listed)
-            continue
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            yield Problem(where, f"{key}={text}: {text!r} is no number, True, False or (a, b)")
-            continue
-        if isinstance(value, bool) != (known[key].shape == "flag") or isinstance(value, str | dict | None):
-            yield Problem(where, f"{key}={text} is no {known[key].type_name()}")
-            continue
-        try:
-            read = values.read(known[key], list(value) if isinstance(value, tuple) else value)
-        except ValueError as error:
-            yield Problem(where, f"{key}={text}: {error}")
-            continue
-        if key == "betas" and len(read) != 2:
-            yield Problem(where, f"betas={text} must be two numbers", "such as betas=0.9,0.999")
-
-
 def _what_is_trained(options: Options) -> Iterator[Problem]:
     network, rates = options.network, options.optimizer
     if network.network_train_unet_only and network.network_train_text_encoder_only:
@@ -202,7 +134,7 @@ def _what_is_trained(options: Options) -> Iterator[Problem]:
         return
     unet = rates.learning_rate if rates.unet_lr is None else rates.unet_lr
     trained = {"U-Net": unet, "text encoder": max(_text_rates(options))}
-    if network.network_train_unet_only:
+    if network.network_train_unet_only or options.training.stop_text_encoder_training == -1:
         del trained["text encoder"]
     if network.network_train_text_encoder_only:
         del trained["U-Net"]
@@ -217,7 +149,8 @@ def _text_rates(options: Options) -> tuple[float, ...]:
 
 
 def _text_encoders_train(options: Options) -> bool:
-    return not options.network.network_train_unet_only and any(_text_rates(options))
+    left_out = options.network.network_train_unet_only or options.training.stop_text_encoder_training == -1
+    return not left_out and any(_text_rates(options))
 
 
 def _text_cache(options: Options) -> Iterator[Problem]:
@@ -238,13 +171,6 @@ def _network(options: Options) -> Iterator[Problem]:
     yield from modules.check_network_args(flags.network_module, flags.network_args or (), options.where("network_args"))
 
 
-def _timesteps(options: Options) -> Iterator[Problem]:
-    low, high = options.loss.min_timestep or 0, options.loss.max_timestep or 1000
-    if low >= high:
-        name = "min_timestep" if options.loss.min_timestep is not None else "max_timestep"
-        yield Problem(options.where(name), f"no timestep lies from {low} to below {high}")
-
-
 def _previews(options: Options) -> Iterator[Problem]:
     flags = options.sampling
     asked = [
@@ -259,11 +185,6 @@ def _previews(options: Options) -> Iterator[Problem]:
         yield Problem(options.where("sample_prompts"), f"there is no file {prompts}")
     elif prompts.suffix.lower() not in _PROMPT_FILES:
         yield Problem(options.where("sample_prompts"), f"{prompts} is none of {', '.join(_PROMPT_FILES)}")
-
-
-def _logs(options: Options) -> Iterator[Problem]:
-    if options.logging.log_with == "tensorboard" and options.logging.logging_dir is None:
-        yield Problem(options.where("log_with"), "TensorBoard needs a folder", "add --logging_dir DIR")
 
 
 def _dataset_class(options: Options) -> Iterator[Problem]:
@@ -305,9 +226,6 @@ def _notices(options: Options) -> Iterator[str]:
         sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first
     ):
         yield f"{options.where('sample_prompts')}: has no effect without --sample_every_n_epochs or _steps"
-    for name in ("log_prefix", "log_tracker_name"):
-        if options.value(name) is not None and options.logging.logging_dir is None:
-            yield f"{options.where(name)}: has no effect without --logging_dir"
 
 
 _CHECKS: tuple[Callable[[Options], Iterator[Any]], ...] = (
@@ -315,10 +233,6 @@ _CHECKS: tuple[Callable[[Options], Iterator[Any]], ...] = (
     _network,
     _what_is_trained,
     _text_cache,
-    _optimizer,
-    _schedule,
-    _timesteps,
     _previews,
-    _logs,
     _dataset_class,
 )

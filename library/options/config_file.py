@@ -16,17 +16,21 @@ from library.options.modules import LORA_ARGS, LORA_REFUSED
 from library.options.registry import FLAGS, Options
 from library.options.values import written
 
-_NEVER_WRITTEN = {"config_file", "output_config", "dry_run"}
+_NEVER_WRITTEN = {"config_file", "output_config", "dry_run", "print_command", "list_optimizers"}
 
 
 @dataclass
 class FromFile:
-    """What a config file says: raw values by flag, the place of each, lines to show, and what is wrong."""
+    """What a config file says: raw values by flag, the place of each, lines to show, and what is wrong.
+
+    `preset` is the table of that name, which only ready settings have (library.options.presets).
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    preset: Mapping[str, Any] = field(default_factory=dict)
 
 
 def named(path: Path) -> Path:
@@ -75,6 +79,8 @@ def read_config(path: Path) -> FromFile:
         result.problems.extend(error.problems)
         return result
     lines = toml_lines(text)
+    if isinstance(content.get("preset"), dict):
+        result.preset = content.pop("preset")
     ignored: list[str] = []
     for keys, value in _flattened(content):
         name = keys[-1]

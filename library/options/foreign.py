@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 _PROGRAMS: Mapping[str, str] = {
     "the kohya_ss GUI": """
-        epoch noise_offset_type stop_text_encoder_training stop_text_encoder_training_pct lowvram LoRA_type
+        epoch noise_offset_type stop_text_encoder_training_pct lowvram LoRA_type
         LyCORIS_preset additional_parameters model_list sdxl flux1_checkbox sd3_checkbox num_cpu_threads_per_process
         num_processes num_machines multi_gpu gpu_ids main_process_port dynamo_mode dynamo_use_fullgraph
         dynamo_use_dynamic extra_accelerate_launch_args training_preset loraplus_lr_ratio

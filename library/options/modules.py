@@ -4,15 +4,21 @@ import importlib.machinery
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from library.errors import Problem, nearest
 from library.options import values
+from library.options.block_lists import BLOCK_LISTS, WEIGHTS, read_block_list
 from library.options.flags import Flag
+from library.options.module_args import DYLORA_ARGS, LORA_FA_ARGS, OFT_ARGS
 
 ROOT = Path(__file__).resolve().parents[2]
-_LATER = "not supported yet; leave it out"
+_OWN = "networks.lora"
+_UNSET = (None, "", "None")
+_RATE = (("gt", 0),)
 LORA_ARGS: Mapping[str, Flag] = {
     flag.name: flag
     for flag in (
@@ -21,32 +27,42 @@ LORA_ARGS: Mapping[str, Flag] = {
         Flag("dropout", "float", limits=(("ge", 0), ("lt", 1))),
         Flag("rank_dropout", "float", limits=(("ge", 0), ("lt", 1))),
         Flag("module_dropout", "float", limits=(("ge", 0), ("lt", 1))),
+        *(Flag(name, "str") for name in BLOCK_LISTS),
+        Flag("block_lr_zero_threshold", "float", limits=(("ge", 0),)),
+        Flag("loraplus_lr_ratio", "float", limits=_RATE),
+        Flag("loraplus_unet_lr_ratio", "float", limits=_RATE),
+        Flag("loraplus_text_encoder_lr_ratio", "float", limits=_RATE),
+        Flag("dora", "flag"),
+        Flag("dora_wd", "flag"),
     )
+}
+"""What networks.lora knows; a block list is text with commas (options.block_lists), `dora_wd` is LyCORIS' `dora`."""
+MODULE_ARGS: Mapping[str, Mapping[str, Flag]] = {
+    _OWN: LORA_ARGS,
+    "networks.lora_fa": LORA_FA_ARGS,
+    "networks.dylora": DYLORA_ARGS,
+    "networks.oft": OFT_ARGS,
 }
 LYCORIS_ALGOS = ("locon", "lora", "loha", "lokr", "ia3", "dylora", "diag-oft", "boft", "glora", "full")
 LYCORIS_PRESETS = (
     *("full", "full-lin", "attn-mlp", "attn-only", "unet-only", "unet-transformer-only", "unet-convblock-only", "ia3"),
 )
-LORA_REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(
-        [
-            "block_dims",
-            "block_alphas",
-            "conv_block_dims",
-            "conv_block_alphas",
-            "down_lr_weight",
-            "mid_lr_weight",
-            "up_lr_weight",
-            "block_lr_zero_threshold",
-            "loraplus_lr_ratio",
-            "loraplus_unet_lr_ratio",
-            "loraplus_text_encoder_lr_ratio",
-        ],
-        _LATER,
-    ),
-    "algo": "it belongs to --network_module lycoris.kohya",
-    "preset": "it belongs to --network_module lycoris.kohya",
-}
+LYCORIS_ARGS = (
+    *("algo", "preset", "conv_dim", "conv_alpha", "dropout", "rank_dropout", "module_dropout", "block_size", "factor"),
+    *("use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "use_scalar", "train_norm", "constraint", "constrain"),
+    *("rescaled", "dora_wd", "wd_on_output", "full_matrix", "bypass_mode", "rs_lora", "unbalanced_factorization"),
+    *("decompose_both", "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
+)
+_OF_LYCORIS = "it belongs to --network_module lycoris.kohya"
+LORA_REFUSED: Mapping[str, str] = {"algo": _OF_LYCORIS, "preset": _OF_LYCORIS}
+
+
+@dataclass
+class Settings:
+    """`--network_args` as values by name, and what is wrong with the rest."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
 
 def find_module(name: str) -> str | None:
@@ -118,30 +134,59 @@ def pairs(items: Sequence[str], where: str) -> tuple[dict[str, str], list[Proble
     return found, problems
 
 
+def read_settings(module: str, given: Mapping[str, Any], name_place: Callable[[str], str]) -> Settings:
+    """The settings of one of `MODULE_ARGS`' modules, whoever gave them: values may be text.
+
+    A value that means "not given" is left out. `name_place` says how a message names a setting.
+    """
+    table, found = MODULE_ARGS[module], Settings()
+    for key, raw in given.items():
+        flag = table.get(key)
+        if flag is None:
+            advice = LORA_REFUSED.get(key, "") or (f"{_OWN} has it" if key in LORA_ARGS else "")
+            advice = advice or nearest(key, table) or f"known are {', '.join(table)}"
+            found.problems.append(Problem(name_place(key), f"{module} has no setting {key}", advice))
+            continue
+        try:
+            value = values.read(flag, None if raw in _UNSET else raw)
+            if value is not values.UNSET:
+                found.values[key] = read_block_list(key, value) if key in BLOCK_LISTS else value
+        except ValueError as error:
+            found.problems.append(Problem(name_place(key), f"{key}={raw}: {error}"))
+    return found
+
+
 def check_network_args(module: str | None, items: Sequence[str], where: str) -> list[Problem]:
-    """Problems of --network_args; what the keys mean is known for `networks.lora` only (0 or None: no conv layers), and
-    of LyCORIS' settings its algorithm and preset."""
+    """Problems of --network_args: what our own modules don't have or can't read, and LyCORIS' names and choices."""
     found, problems = pairs(items, where)
-    if module == "lycoris.kohya" and found.get("algo", "lora").lower() not in LYCORIS_ALGOS:
-        hint = nearest(found["algo"].lower(), LYCORIS_ALGOS) or f"known are {', '.join(LYCORIS_ALGOS)}"
-        problems.append(Problem(where, f"LyCORIS has no algo {found['algo']}", hint))
-    preset = found.get("preset", "full")
-    if module == "lycoris.kohya" and preset not in LYCORIS_PRESETS and not Path(preset).is_file():
-        hint = nearest(preset, LYCORIS_PRESETS) or f"known are {', '.join(LYCORIS_PRESETS)}, or a TOML file"
-        problems.append(Problem(where, f"LyCORIS has no preset {preset}", hint))
-    if module != "networks.lora":
+    if module == "lycoris.kohya":
+        return problems + list(_lycoris_problems(found, where))
+    if module is None or module not in MODULE_ARGS:
         return problems
-    for key, value in found.items():
-        if key in LORA_REFUSED:
-            problems.append(Problem(where, f"{key} is no setting that networks.lora has", LORA_REFUSED[key]))
-        elif key not in LORA_ARGS:
-            hint = nearest(key, [*LORA_ARGS, *LORA_REFUSED]) or f"known are {', '.join(LORA_ARGS)}"
-            problems.append(Problem(where, f"networks.lora has no setting {key}", hint))
-        else:
-            try:
-                values.read(LORA_ARGS[key], value)
-            except ValueError as error:
-                problems.append(Problem(where, f"{key}={value}: {error}"))
-    if "conv_alpha" in found and "conv_dim" not in found:
-        problems.append(Problem(where, "conv_alpha has no effect without conv_dim", "add conv_dim"))
-    return problems
+    problems += read_settings(module, found, lambda _: where).problems
+    return problems + list(_without_effect(found, where))
+
+
+def _without_effect(found: Mapping[str, str], where: str) -> Iterator[Problem]:
+    """Settings that need another one."""
+    convolutions = ("conv_dim", "conv_block_dims")
+    if "conv_alpha" in found and not found.keys() & set(convolutions):
+        yield Problem(where, "conv_alpha has no effect without conv_dim", "add conv_dim")
+    if "conv_block_alphas" in found and not found.keys() & set(convolutions):
+        yield Problem(where, "conv_block_alphas has no effect without conv_block_dims", "add conv_block_dims")
+    if "block_lr_zero_threshold" in found and not found.keys() & set(WEIGHTS):
+        wrong = "block_lr_zero_threshold has no effect without weights"
+        yield Problem(where, wrong, f"add {', '.join(WEIGHTS)} or one of them")
+
+
+def _lycoris_problems(found: Mapping[str, str], where: str) -> Iterator[Problem]:
+    if found.get("algo", "lora").lower() not in LYCORIS_ALGOS:
+        hint = nearest(found["algo"].lower(), LYCORIS_ALGOS) or f"known are {', '.join(LYCORIS_ALGOS)}"
+        yield Problem(where, f"LyCORIS has no algo {found['algo']}", hint)
+    for key in found.keys() - set(LYCORIS_ARGS):
+        hint = nearest(key, LYCORIS_ARGS) or f"known are {', '.join(LYCORIS_ARGS)}"
+        yield Problem(where, f"LyCORIS has no setting {key}", hint)
+    preset = found.get("preset", "full")
+    if preset not in LYCORIS_PRESETS and not Path(preset).is_file():
+        hint = nearest(preset, LYCORIS_PRESETS) or f"known are {', '.join(LYCORIS_PRESETS)}, or a TOML file"
+        yield Problem(where, f"LyCORIS has no preset {preset}", hint)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from library.errors import Problem, UserError
-from library.options import checks, values
+from library.options import checks, presets, values
 from library.options.config_file import FromFile, read_config, write_config
 from library.options.datasets import read_datasets
 from library.options.parser import read_command_line
 from library.options.registry import FLAGS, GROUPS, Options
+from library.options.specs import DatasetSpec
 
 
 def parse(argv: Sequence[str], needs: Sequence[str] = tuple(checks.NEEDS)) -> Options:
@@ -21,10 +22,22 @@ def parse(argv: Sequence[str], needs: Sequence[str] = tuple(checks.NEEDS)) -> Op
         SystemExit: code 0, after `--help` or `--output_config`.
     """
     typed, problems = read_command_line(argv)
+    if typed.get("list_optimizers"):
+        from library.options.optimizer_names import list_text
+
+        print(list_text())
+        raise SystemExit(0)
     file = _config_file(typed)
     problems += file.problems
+    given = {**file.values, **typed}
     places = {**file.places, **{name: f"--{name}" for name in typed}}
-    read, bad = _read({**file.values, **typed}, places, problems)
+    preset = presets.read_presets(str(given.get("preset") or ""), places.get("preset", "--preset"))
+    preset.add_length(file, str(typed.get("config_file")))
+    problems += preset.problems
+    if preset.length and not {"max_train_steps", "max_train_epochs"} & given.keys():
+        given["max_train_steps"], places["max_train_steps"] = preset.length.steps, "preset: steps"
+    places = {**preset.places, **places}
+    read, bad = _read({**preset.values, **given}, places, problems)
     notices = [*file.notices, *_judge(read, places, bad, problems)]
     for cached in ("cache_latents", "cache_text_encoder_outputs"):
         if read.get(f"{cached}_to_disk"):
@@ -36,10 +49,29 @@ def parse(argv: Sequence[str], needs: Sequence[str] = tuple(checks.NEEDS)) -> Op
     problems += found.problems
     datasets = read_datasets(options, frozenset(bad))
     problems += datasets.problems
+    if preset.length and not problems and "dataset_repeats" not in read:
+        options = _repeated(options, preset.length, datasets.specs, notices)
+    if options.config.print_command and not problems:
+        print(presets.command(options))
+        raise SystemExit(0)
     lines = tuple(dict.fromkeys([*notices, *found.notices, *datasets.notices]))
     if problems:
         raise UserError(dict.fromkeys(problems), lines)
     return options.model_copy(update={"notices": lines})
+
+
+def _repeated(options: Options, length: presets.Length, specs: Sequence[DatasetSpec], notices: list[str]) -> Options:
+    """The options with as many repeats as a preset's epochs need, for the subsets that name none."""
+
+    def with_repeats(number: int) -> Options:
+        dataset = options.dataset.model_copy(update={"dataset_repeats": number})
+        return options.model_copy(update={"dataset": dataset, "explicit": options.explicit | {"dataset_repeats"}})
+
+    number, pictures = presets.repeats(length, specs, read_datasets(with_repeats(2)).specs)
+    if not pictures or number == options.dataset.dataset_repeats:
+        return options
+    notices.append(f"preset: --dataset_repeats {number} for {pictures} pictures makes about {length.epochs} epochs")
+    return with_repeats(number)
 
 
 def _config_file(typed: dict[str, Any]) -> FromFile:

@@ -35,7 +35,10 @@ def attach_network(prepared: Prepared, model: Model, device: torch.device) -> Ne
         trainable.load_weights(options.network_weights)
     trainable.to(device)
     if prepared.options.model.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        flags = prepared.options.model
+        model.enable_gradient_checkpointing(
+            flags.gradient_checkpointing_every, flags.gradient_checkpointing_attention_only
+        )
         trainable.enable_gradient_checkpointing()
     trainable.prepare()
     if needs_strength(prepared.plan):

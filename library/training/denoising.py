@@ -14,8 +14,10 @@ from library.data.caches.latents import NAN_ADVICE, NAN_LATENTS
 from library.data.loader import Batch
 from library.errors import Problem, UserError
 from library.options.specs import PRESERVE
+from library.training.coordinates import Coordinates
 from library.training.distributed import Processes
-from library.training.objective import Coordinates, NoiseSettings, Objective, draw_noise, draw_timesteps
+from library.training.noise import NoiseSettings, draw_noise, draw_timesteps, finish, to_device
+from library.training.objective import Objective
 from library.training.trainable import Trainable
 
 _LOGVAR_LIMITS = (-30.0, 20.0)
@@ -61,19 +63,20 @@ class Denoising:
         """
         device = self.processes.device
         latents = self._latents(batch)
-        noise = draw_noise(latents.shape, at, self.noise).to(device)
-        timesteps = (draw_timesteps(at, self.noise) if timesteps is None else timesteps).to(device)
-        noisy = self.objective.add_noise(latents, noise, timesteps)
-        target = self.objective.target(latents, noise, timesteps)
+        noise = finish(draw_noise(latents.shape, at, self.noise), latents)
+        timesteps = to_device(draw_timesteps(at, self.noise) if timesteps is None else timesteps, device)
+        noisy = self.objective.add_noise(latents, noise.input, timesteps)
+        target = self.objective.target(latents, noise.target, timesteps)
         preserved = [i for i, attributes in enumerate(batch.custom_attributes) if attributes.get(PRESERVE)]
         if preserved:
-            target = target.clone()
-            target[preserved] = self._without_network(batch, noisy, timesteps, preserved)
+            rows = to_device(torch.tensor(preserved), device)
+            kept = self._without_network(batch, noisy[rows], timesteps[rows], preserved)
+            target = target.index_copy(0, rows, kept)
         self.trainable.set_multiplier(batch.multiplier)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable.trains_text_encoder):
             conditioning = self.encode(batch.captions)
         prediction = self.model.predict(noisy, timesteps, conditioning, batch.sizes)
-        masks = None if batch.masks is None else batch.masks.to(device)
+        masks = None if batch.masks is None else to_device(batch.masks, device)
         return self.objective.losses(prediction, target, timesteps, masks)
 
     def _without_network(
@@ -83,8 +86,7 @@ class Denoising:
         self.trainable.set_multiplier(0.0)
         with torch.no_grad():
             conditioning = self.encode([batch.captions[i] for i in chosen])
-            index = list(chosen)
-            return self.model.predict(noisy[index], timesteps[index], conditioning, batch.sizes[index])
+            return self.model.predict(noisy, timesteps, conditioning, batch.sizes[list(chosen)])
 
     def _latents(self, batch: Batch) -> torch.Tensor:
         """Scaled latents (b, c, h, w), float32, on the device: the mean of the VAE's distribution, or a draw."""
@@ -97,7 +99,7 @@ class Denoising:
             self._tell_broken([name for name, fine in zip(batch.names, finite, strict=True) if not fine])
             if batch.posterior is not None:
                 latents, logvar = latents.chunk(2, dim=1)
-        latents = latents.to(self.processes.device, torch.float32)
+        latents = to_device(latents, self.processes.device).float()
         if logvar is not None and batch.posterior is not None:
             deviation = torch.exp(0.5 * logvar.to(latents).clamp(*_LOGVAR_LIMITS))
             latents = latents + deviation * batch.posterior.to(latents)

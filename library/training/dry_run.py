@@ -1,25 +1,26 @@
 """`--dry_run`: everything that a run would do, as tables on stdout. Imports no torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from library.data import report
 from library.data.custom import CustomPlan
 from library.data.plan import Plan
-from library.models.lora_targets import parameter_count, ranked, targets
 from library.models.weighted import fragments
 from library.tokenizer import WORDS
+from library.training.memory_plan import Prediction
 from library.training.prepare import Prepared
 from library.training.state import SUFFIX
 from library.training.steps import VALIDATION_TIMESTEPS, Clock, SavePlan
 from library.training.text_use import text_use
-from networks.lora_args import parse
+from networks.planned import Planned, planned, planned_from_file
 
 BYTES = {None: 4, "float": 4, "fp16": 2, "bf16": 2}
 SHOWN = 6
 
 
-def show(prepared: Prepared) -> None:
-    """Print the tables of data, steps, files and network."""
+def show(prepared: Prepared, prediction: Prediction) -> None:
+    """Print the tables of data, steps, files and network, and how much memory the run will need."""
     plan, clock = prepared.plan, prepared.clock
     report.line(prepared.model.line)
     if isinstance(plan, CustomPlan):
@@ -45,6 +46,8 @@ def show(prepared: Prepared) -> None:
         _show_validation(prepared, prepared.data.held_out)
     report.saves_table(_save_rows(prepared))
     report.network_table(_network_rows(prepared))
+    for line in prediction.lines():
+        report.line(line)
 
 
 def _show_validation(prepared: Prepared, held_out: Plan) -> None:
@@ -124,30 +127,49 @@ def _moments(plan: SavePlan, clock: Clock) -> list[int]:
 
 
 def _network_rows(prepared: Prepared) -> list[report.NetworkRow]:
-    """One row per trained part of a LoRA of ours; another module's size is known only when it is made."""
-    options = prepared.options
+    """One row per trained part of a network of ours; another module's size is known only when it is made."""
+    options, model, rates = prepared.options, prepared.model, prepared.rates
     network = options.network
-    if network.network_module != "networks.lora" or network.dim_from_weights:
+    rows = _planned(prepared)
+    if rows is None:
         what = "as --network_weights" if network.dim_from_weights else " ".join(network.network_args or ())
         return [report.NetworkRow(f"{network.network_module} {what}".strip())]
-    given = options.network_arguments()
-    lora = parse(network.network_dim, network.network_alpha, given, neuron_dropout=network.network_dropout)
-    model, rates = prepared.model, prepared.rates
-    found = targets(
-        model.unet_config, model.text_encoder_configs, conv=lora.conv_dim is not None, unet_key=model.family.unet_key
-    )
-    parts = [("unet", rates.unet, [target for target in found if target.part == "unet"])]
+    found = [report.NetworkRow(f"--base_weights {file}, merged first") for file in network.base_weights or ()]
+    parts = [("unet", rates.unet, [row for row in rows if row.target.part == "unet"])]
     for number, (encoder, rate) in enumerate(zip(model.family.text_encoders, rates.text_encoders, strict=True)):
-        mine = [target for target in found if target.part == "text_encoder" and target.encoder == number]
+        mine = [row for row in rows if row.target.part == "text_encoder" and row.target.encoder == number]
         parts.append((encoder.part, rate, mine))
-    rows = []
     for part, rate, chosen in parts:
-        if rate:
-            count = parameter_count(chosen, lora.dim, lora.conv_dim)
-            modules = len(list(ranked(chosen, lora.dim, lora.conv_dim)))
-            rank = f"{lora.dim} ({lora.alpha:g})"
-            if lora.conv_dim and part == "unet":
-                rank += f", 3x3: {lora.conv_dim} ({lora.conv_alpha:g})"
+        if rate and chosen:
+            count = sum(row.parameters for row in chosen)
             size = float(count * BYTES[options.output.save_precision])
-            rows.append(report.NetworkRow(part, modules, rank, count, size))
-    return rows
+            shapes = _shapes(chosen, alphas=not network.dim_from_weights)
+            found.append(report.NetworkRow(part, len(chosen), shapes, count, size))
+    return found
+
+
+def _planned(prepared: Prepared) -> tuple[Planned, ...] | None:
+    options, parts = prepared.options, prepared.rates.trained
+    network = options.network
+    module, file = network.network_module, network.network_weights
+    if network.dim_from_weights and file is not None:
+        return planned_from_file(module, file, options.where("network_weights"), prepared.model, parts)
+    shape = (network.network_dim, network.network_alpha)
+    return planned(module, *shape, options.network_arguments(), prepared.model, parts)
+
+
+def _shapes(rows: Sequence[Planned], *, alphas: bool) -> str:
+    """The ranks of a part with their alphas, convolutions apart: `8 (4), 3x3: 4 (1)`; of several, the ends."""
+    plain = [row for row in rows if row.target.kernel != "3x3"]
+    conv = [row for row in rows if row.target.kernel == "3x3"]
+    texts = []
+    for name, some in (("", plain), ("3x3: ", conv)):
+        if some:
+            alpha = f" ({_ends([row.alpha for row in some])})" if alphas else ""
+            texts.append(f"{name}{_ends([row.rank for row in some])}{alpha}")
+    return ", ".join(texts)
+
+
+def _ends(numbers: Sequence[float]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from library.options import Options
+from library.options.module_args import UNET_ONLY
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,19 @@ def learning_rates(options: Options, encoders: int) -> LearningRates:
     unet = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
     given = optimizer.text_encoder_lr or (optimizer.learning_rate,)
     text = given if len(given) == encoders else given[:1] * encoders
-    return LearningRates(
-        0.0 if network.network_train_text_encoder_only else unet,
-        (0.0,) * encoders if network.network_train_unet_only else tuple(text),
+    no_text = (
+        network.network_train_unet_only
+        or network.network_module in UNET_ONLY
+        or options.training.stop_text_encoder_training == -1
     )
+    return LearningRates(
+        0.0 if network.network_train_text_encoder_only else unet, (0.0,) * encoders if no_text else tuple(text)
+    )
+
+
+def text_encoder_steps(options: Options, total: int) -> int | None:
+    """After how many of `total` updates the text encoders are frozen; None for never."""
+    stop = options.training.stop_text_encoder_training
+    if stop in (0, -1):
+        return None
+    return int(stop * total) if isinstance(stop, float) else int(stop)

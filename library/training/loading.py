@@ -4,7 +4,9 @@ import os
 
 import torch
 
+from library.console import say
 from library.errors import UserError
+from library.models.compiling import check_backend
 from library.models.info import ModelInfo
 from library.models.load import load
 from library.models.model import Model
@@ -37,13 +39,22 @@ def load_model(
     with_unet: bool = True,
     with_text_encoders: bool = True,
     with_vae: bool = True,
+    trains_text_encoders: bool = True,
 ) -> Model:
     """The base model; a VAE that overflows in float16 computes in float32 there.
 
+    Args:
+        trains_text_encoders: they stay on the device whatever `--offload_text_encoders` says.
+
     Raises:
-        UserError: weights that don't fit, or a precision that the device lacks.
+        UserError: weights that don't fit, a precision that the device lacks, or a compiler that isn't here.
     """
     dtype = compute_dtype(options, processes)
+    if options.model.torch_compile and with_unet:
+        check_backend(options.model.dynamo_backend, processes.device)
+    in_ram = options.model.offload_text_encoders and not trains_text_encoders
+    if options.model.offload_text_encoders and trains_text_encoders and with_unet:
+        say("--offload_text_encoders: text encoders that are trained stay where they compute")
     fragile = dtype == torch.float16 and info.vae_fragile
     return load(
         info,
@@ -56,4 +67,5 @@ def load_model(
         with_unet=with_unet,
         with_text_encoders=with_text_encoders,
         with_vae=with_vae,
+        text_encoders_in_ram=in_ram,
     )

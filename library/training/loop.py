@@ -1,25 +1,34 @@
 """The one training loop: batch -> latents and conditioning -> noise -> prediction -> loss -> update.
 
-Saves, previews and logging are due or not due after an update. Nothing about files, flags or families stands here.
+What happens between updates stands in library.training.events. Nothing about files, flags or families stands here.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from library.console import bar, say, warn
+from library.console import bar, say
 from library.data.loader import Batch
 from library.errors import UserError
 from library.global_draws import seed_global_generators
+from library.training.coordinates import Coordinates
 from library.training.denoising import Denoising
+from library.training.events import Events
 from library.training.interrupt import Interrupt
-from library.training.objective import Coordinates, draw_timesteps
-from library.training.schedules import Curve, learning_rate
-from library.training.steps import Clock, PreviewPlan, Save, SavePlan, ValidationPlan
-from library.training.tracking import LossAverage, Tracker
+from library.training.noise import draw_timesteps, to_device
+from library.training.optimizers import BuiltOptimizer
+from library.training.rate_control import RateControl
+from library.training.readings import Reading, Readings
+from library.training.requests import Requests
+from library.training.rounding import RoundedParameters
+from library.training.steps import Clock
+
+_KEY, _SIGNAL = 130, 143
+_WISHES = ("told/key", "told/signal", "told/save", "told/stop")
 
 
 class Batches(Protocol):
@@ -30,33 +39,49 @@ class Batches(Protocol):
 
 
 class NonFiniteLossError(Exception):
-    """The loss or the gradient of an update is NaN or infinite; nothing was changed by it."""
+    """The loss or the gradient of an update is NaN or infinite; what was saved before is fine."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The numbers of a run. `loss_scale` is on for float16 only."""
+    """The numbers of a run.
+
+    Attributes:
+        max_grad_norm: gradients longer than this are shortened; 0 leaves them alone.
+        loss_scale: on for float16 only.
+        scale_weight_norms: what a module adds is shrunk to this norm after each update; None leaves it alone.
+        text_encoder_steps: after so many updates the text encoders' part is frozen; None never.
+        log_norms: log norms of gradients and weights per block.
+    """
 
     seed: int
     clock: Clock
-    schedule: str
-    curve: Curve
     max_grad_norm: float
     loss_scale: bool = False
+    scale_weight_norms: float | None = None
+    text_encoder_steps: int | None = None
+    log_norms: bool = False
 
 
 @dataclass(frozen=True)
-class Events:
-    """What happens between updates: `save` writes (on the main process), `preview` draws; both get the updates done.
-    `validate` gives the loss on held-out pictures; every process calls it."""
+class Learner:
+    """What turns gradients into changed weights: the optimizer, its rates, and 16-bit weights' masters if there are."""
 
-    saves: SavePlan
-    save: Callable[[Save, int], Any]
-    previews: PreviewPlan
-    preview: Callable[[int], None] | None
-    tracker: Tracker
-    validations: ValidationPlan
-    validate: Callable[[], float] | None
+    built: BuiltOptimizer
+    rates: RateControl
+    rounded: RoundedParameters | None = None
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A context in which the weights are those to look at and to save; afterwards they are as before."""
+        return self.rounded.evaluating(self.built) if self.rounded else self.built.evaluating()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What an update was made of: its batches and rates, by the names of the log."""
+
+    group: tuple[Batch, ...]
+    rates: dict[str, float]
 
 
 class Loop:
@@ -66,34 +91,38 @@ class Loop:
         self,
         settings: LoopSettings,
         denoising: Denoising,
-        optimizer: torch.optim.Optimizer,
+        learner: Learner,
         loader: Batches,
         events: Events,
         interrupt: Interrupt,
-        average: LossAverage,
+        requests: Requests | None = None,
         updates_done: int = 0,
     ) -> None:
         self.settings, self.denoising, self.trainable = settings, denoising, denoising.trainable
-        self.optimizer, self.loader, self.events = optimizer, loader, events
-        self.processes, self.interrupt, self.average = denoising.processes, interrupt, average
+        self.learner, self.loader, self.events = learner, loader, events
+        self.processes, self.interrupt, self.requests = denoising.processes, interrupt, requests
         self.updates_done = updates_done
-        self._parameters = self.trainable.parameters()
-        self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.stopped = self.stopped_early = False
+        self._exit_code = 0
+        self._save_wanted = False
+        self._parameters = learner.rounded.masters if learner.rounded else self.trainable.parameters()
+        self._readings = Readings(self.processes.device)
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=settings.loss_scale)
 
     def run(self) -> int:
-        """Train to the end (returns 0), or save and return 130/143 when told to stop.
+        """Train to the end or until an early stop (returns 0), or save and return 130/143 when told to stop.
 
         Raises:
-            NonFiniteLossError: with the pictures and timesteps of the update; the weights are those before it.
+            NonFiniteLossError: with the pictures and timesteps of the update; nothing is saved after it.
         """
         clock = self.settings.clock
         self.interrupt.defer()
         if self.updates_done == 0:
-            self._preview()
-            self._validate()
+            self.events.draw(0)
+        if not self.events.has_looked(self.updates_done):
+            self.events.look(self.updates_done)
         with bar("steps", clock.total_updates, self.updates_done) as progress:
-            while self.updates_done < clock.total_updates:
+            while self.updates_done < clock.total_updates and not self.stopped:
                 epoch, index = clock.position(self.updates_done)
                 self.trainable.before_epoch()
                 group: list[Batch] = []
@@ -101,15 +130,15 @@ class Loop:
                     group.append(batch)
                     if not clock.ends_update(batch.index):
                         continue
-                    loss, stop = self._update(group)
+                    self._update(group)
                     group = []
-                    progress.set_postfix(loss=f"{loss:.4f}", avr_loss=f"{self.average.average:.4f}", refresh=False)
+                    for reading in self._readings.ready():
+                        self._read(reading, progress.set_postfix)
                     progress.update()
-                    if self._after_update(stop):
-                        return stop
-                    if self.updates_done >= clock.total_updates:
+                    self._after_update(progress.set_postfix)
+                    if self.stopped or self.updates_done >= clock.total_updates:
                         break
-        return 0
+        return self._exit_code
 
     def _batches(self, epoch: int, index: int) -> Iterator[Batch]:
         """The loader's batches. Where it can't go on, weights and state are saved as after a stop."""
@@ -117,122 +146,139 @@ class Loop:
             yield from self.loader.epoch(epoch, index)
         except UserError:
             if self.updates_done and self.processes.is_main:
-                self.events.save(self.events.saves.on_stop(self.updates_done), self.updates_done)
+                self.events.save_all([self.events.saves.on_stop(self.updates_done)], self.updates_done)
                 say(f"the work up to step {self.updates_done} is saved; with other pictures, --network_weights goes on")
             raise
 
-    def _update(self, group: Sequence[Batch]) -> tuple[float, int]:
-        """One optimizer step over a group of micro-batches; returns its loss and the exit code of a stop, or 0."""
-        loss = 0.0
+    def _update(self, group: Sequence[Batch]) -> None:
+        """One optimizer step over a group of micro-batches. What it shows is put into the readings."""
+        settings, learner = self.settings, self.learner
+        if settings.text_encoder_steps is not None and self.updates_done >= settings.text_encoder_steps:
+            self.trainable.freeze_text_encoders()
+        loss = torch.zeros((), device=self.processes.device)
         for batch in group:
-            loss += self._micro_step(batch, len(group))
-        gradients = [parameter.grad for parameter in self._parameters]
-        told = self.interrupt.exit_code
-        loss, by_key, by_signal = self.processes.sum_with_flags(
-            gradients, self._parameters, [loss, float(told == 130), float(told == 143)]
-        )
-        if not np.isfinite(loss):
-            raise self._not_finite("loss", loss, group)
-        stop = 143 if by_signal else 130 if by_key else 0
-        for parameter_group, base in zip(self.optimizer.param_groups, self._base_rates, strict=True):
-            parameter_group["lr"] = learning_rate(self.settings.schedule, base, self.settings.curve, self.updates_done)
-        self.scaler.unscale_(self.optimizer)
-        self._clip(group)
-        self.scaler.step(self.optimizer)
+            loss = loss + self._micro_step(batch, len(group))
+            if learner.rounded:
+                learner.rounded.accumulate()
+        if learner.rounded:
+            learner.rounded.before_step()
+        has_samples = any(batch.positions for batch in group)
+        summed = self.processes.sum_gradients(self._parameters, [loss, *self._wishes()], has_samples)
+        values: dict[str, torch.Tensor | float] = dict(zip(("loss", *_WISHES), summed, strict=True))
+        if not self._readings.are_late and not np.isfinite(float(summed[0])):
+            raise self._not_finite("loss", float(summed[0]), group, self.updates_done + 1)
+        learner.rates.before_update(self.updates_done)
+        self.scaler.unscale_(learner.built.optimizer)
+        values["norm/avg_grad_norm"] = self._clip(group)
+        if settings.log_norms:
+            values |= self.trainable.block_norms("gradient")
+        self.scaler.step(learner.built.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        learner.built.optimizer.zero_grad(set_to_none=True)
+        if learner.rounded:
+            learner.rounded.after_step(self.updates_done)
+        learner.rates.after_update()
+        if settings.scale_weight_norms is not None:
+            values |= self.trainable.limit_norms(settings.scale_weight_norms, self.processes.device)
+        if settings.log_norms:
+            values |= self.trainable.block_norms("weight")
         self.updates_done += 1
-        self._log(loss)
-        return loss, stop
+        self._readings.put(self.updates_done, values, _Made(tuple(group), self._rates()))
 
-    def _micro_step(self, batch: Batch, group_size: int) -> float:
-        """Forward and backward of this process's samples; returns their part of the update's loss."""
+    def _micro_step(self, batch: Batch, group_size: int) -> torch.Tensor:
+        """Forward and backward of this process's samples; returns their part of the update's loss, 0-d."""
         clock, seed = self.settings.clock, self.settings.seed
         seed_global_generators(seed, batch.epoch * clock.batches_per_epoch + batch.index)
         if not batch.positions:
-            return 0.0
+            return torch.zeros((), device=self.processes.device)
         at = Coordinates(seed, batch.epoch, batch.index, batch.positions)
         self.trainable.before_micro_step(at)
         losses = self.denoising.losses(batch, at)
-        weighted = losses * batch.loss_weights.to(losses.device)
+        weighted = losses * to_device(batch.loss_weights, losses.device)
         loss = weighted.sum() / (batch.global_size * group_size)
         self.scaler.scale(loss).backward()
-        return float(loss.detach())
+        return loss.detach()
 
-    def _clip(self, group: Sequence[Batch]) -> None:
-        """Clip the gradients; with a loss scaler, non-finite ones skip the update, otherwise they end the run."""
+    def _wishes(self) -> list[float]:
+        """What this process was told since the last update, in the order of `_WISHES`."""
+        told = self.interrupt.exit_code
+        asked = self.requests.poll() if self.requests and self.processes.is_main else None
+        return [float(told == _KEY), float(told == _SIGNAL), float(asked == "save"), float(asked == "stop")]
+
+    def _clip(self, group: Sequence[Batch]) -> torch.Tensor:
+        """Clip the gradients; returns their norm, 0-d. With a loss scaler, non-finite ones skip the update."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not self.settings.loss_scale and not torch.isfinite(norm):
-            raise self._not_finite("gradient", float(norm), group)
+        if not self.settings.loss_scale and not self._readings.are_late and not bool(torch.isfinite(norm)):
+            raise self._not_finite("gradient", float(norm), group, self.updates_done + 1)
         if self.settings.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.settings.max_grad_norm, norm)
+        return norm
 
-    def _not_finite(self, what: str, value: float, group: Sequence[Batch]) -> NonFiniteLossError:
+    def _rates(self) -> dict[str, float]:
+        """The learning rates of the update just made, as they are logged."""
+        rates = zip(self.trainable.descriptions, self.learner.rates.rates(), strict=True)
+        steps = self.learner.built.step_sizes() or {}
+        return {f"lr/{name}": rate for name, rate in rates} | {f"lr/d*lr/{name}": d for name, d in steps.items()}
+
+    def _read(self, reading: Reading, show: Callable[..., None]) -> None:
+        """Look at the numbers of an update: whether they are numbers, what was wished, and what is logged."""
+        values, made = dict(reading.values), reading.about
+        loss = values.pop("loss")
+        by_key, by_signal, save, stop = (values.pop(name) for name in _WISHES)
+        if not np.isfinite(loss):
+            raise self._not_finite("loss", loss, made.group, reading.update)
+        norm = values["norm/avg_grad_norm"]
+        if not self.settings.loss_scale and not np.isfinite(norm):
+            raise self._not_finite("gradient", norm, made.group, reading.update)
+        if by_key or by_signal or stop:
+            self.stopped = True
+            self._exit_code = _SIGNAL if by_signal else _KEY if by_key else 0
+        self._save_wanted = self._save_wanted or bool(save)
+        self.events.log(reading.update, loss, made.rates, values)
+        show(loss=f"{loss:.4f}", avr_loss=f"{self.events.average.average:.4f}", refresh=False)
+
+    def _not_finite(self, what: str, value: float, group: Sequence[Batch], update: int) -> NonFiniteLossError:
         lines = []
         for batch in group:
             at = Coordinates(self.settings.seed, batch.epoch, batch.index, batch.positions)
             timesteps = draw_timesteps(at, self.denoising.noise).tolist()
             lines += [f"{name} at timestep {t}" for name, t in zip(batch.names, timesteps, strict=True)]
         return NonFiniteLossError(
-            f"the {what} of step {self.updates_done + 1} is {value}; its pictures: {', '.join(lines)}. "
+            f"the {what} of step {update} is {value}; its pictures: {', '.join(lines)}. "
             "The weights before this step were fine and files saved so far are kept; "
             "try a lower --learning_rate, or --mixed_precision bf16 or no"
         )
 
-    def _log(self, loss: float) -> None:
-        average = self.average.add(self.updates_done, loss)
-        values = {"loss/current": loss, "loss/average": average}
-        for name, group in zip(self.trainable.descriptions, self.optimizer.param_groups, strict=True):
-            values[f"lr/{name}"] = float(group["lr"])
-        self.events.tracker.log(values, self.updates_done)
-        if self.settings.clock.ends_epoch(self.updates_done):
-            epoch = -(-self.updates_done // self.settings.clock.updates_per_epoch)
-            self.events.tracker.log({"loss/epoch_average": average}, epoch)
-
-    def _after_update(self, stop: int) -> bool:
-        """Saves and previews that are due; True if the run must stop now."""
-        saves = list(self.events.saves.due(self.updates_done, self.settings.clock))
-        finished = self.updates_done >= self.settings.clock.total_updates
-        if stop and not finished and not any(save.kind == "step" and save.state for save in saves):
-            saves = [save for save in saves if save.kind != "step"] + [self.events.saves.on_stop(self.updates_done)]
-        if self.processes.is_main:
-            for save in saves:
-                self.events.save(save, self.updates_done)
-        if not stop:
-            self._preview()
-            self._validate()
+    def _after_update(self, show: Callable[..., None]) -> None:
+        """Saves, previews and validations that are due. Before them, every number so far is looked at."""
+        done, events = self.updates_done, self.events
+        if not (events.are_due(done) or self.stopped or self._save_wanted):
+            return
+        for reading in self._readings.all():
+            self._read(reading, show)
+        finished = done >= self.settings.clock.total_updates
+        told = self.stopped and not finished
+        if not told and events.look(done) and not finished:
+            self._stop_early()
+        saves = list(events.saves.due(done, self.settings.clock))
+        if self.stopped_early:
+            saves.append(events.saves.at_end())
+        asked = (told or self._save_wanted) and not finished and not self.stopped_early
+        if asked and not any(save.kind == "step" and save.state for save in saves):
+            more = events.saves.on_stop(done) if told else events.saves.on_request(done)
+            saves = [save for save in saves if save.kind != "step"] + [more]
+        self._save_wanted = False
+        events.save_all(saves, done)
+        if finished:
+            self.stopped, self._exit_code = False, 0
+        if not told:
+            events.draw(done)
         self.processes.wait()
-        return bool(stop) and not finished
 
-    def _preview(self) -> None:
-        """Previews, if due and if this process draws them. A failed one is no reason to lose a run."""
-        draw = self.events.preview
-        if draw is None or not self.events.previews.due(self.updates_done, self.settings.clock):
-            return
-        self.trainable.train(False)
-        self.trainable.set_multiplier(1.0)
-        try:
-            with torch.no_grad():
-                draw(self.updates_done)
-        except (RuntimeError, ValueError, OSError) as fault:
-            warn(f"previews at step {self.updates_done} failed, training goes on: {fault}")
-        finally:
-            self.trainable.train(True)
-
-    def _validate(self) -> None:
-        """The loss on held-out pictures, if due, logged beside the training's average."""
-        clock, validate = self.settings.clock, self.events.validate
-        due = self.events.validations.due(self.updates_done, clock)
-        if validate is None or not due:
-            return
-        loss = validate()
-        divergence = loss - self.average.average
-        said = f" (training {self.average.average:.4f})" if self.updates_done else ""
-        say(f"validation at step {self.updates_done}: loss {loss:.4f}{said}")
-        for kind in due:
-            values = {f"loss/validation/{kind}_average": loss, f"loss/validation/{kind}_divergence": divergence}
-            if self.updates_done == 0:
-                del values[f"loss/validation/{kind}_divergence"]
-            at = self.updates_done if kind == "step" else -(-self.updates_done // clock.updates_per_epoch)
-            self.events.tracker.log(values, at)
+    def _stop_early(self) -> None:
+        """The loss on held-out pictures has long stopped falling: the end, as if all steps were done."""
+        say(
+            f"stopping early at step {self.updates_done} of {self.settings.clock.total_updates}: no better for too long"
+        )
+        self.stopped = self.stopped_early = True

@@ -1,89 +1,79 @@
-"""From clean latents to a loss: noise, timesteps, target and weights of the denoising objective.
+"""From noise and timesteps to a loss: noisy latents, targets, distances and weights of the denoising objective.
 
-Every draw belongs to one sample, keyed by (seed, epoch, global micro-batch, position in it), so it is the same
-whatever the number of processes and whatever was done before.
+Everything that depends on a timestep is a table that is made once; a step only looks up in it, on the device. What is
+drawn: training.noise.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-import numpy as np
 import torch
 
-from library.rng import rng
+from library.options.training import Loss
+
+_SNR_LIMITS = (1e-4, 1000.0)
+"""What a signal-to-noise ratio is taken to be at least and at most, where a weight divides by it."""
+_LEAST_AREA = 1e-12
 
 
 @dataclass(frozen=True)
-class Coordinates:
-    """Where a micro-batch stands: epochs count from 1, `index` counts an epoch's global micro-batches from 0.
+class LossSettings:
+    """The flags of these names; 0 or None is off."""
 
-    `noise` is the random stream that its noise comes from.
-    """
+    loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = "l2"
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    huber_c: float = 0.1
+    huber_scale: float = 1.0
+    min_snr_gamma: float | None = None
+    scale_v_pred_loss_like_noise_pred: bool = False
+    v_pred_like_loss: float | None = None
+    debiased_estimation_loss: bool = False
+    masked_loss_normalize: bool = False
+    legacy_ztsnr_weights: bool = False
 
-    seed: int
-    epoch: int
-    index: int
-    positions: tuple[int, ...]
-    noise: Literal["noise", "validation"] = "noise"
-
-
-@dataclass(frozen=True)
-class NoiseSettings:
-    """`--noise_offset`, `--min_timestep` (inclusive), `--max_timestep` (exclusive)."""
-
-    noise_offset: float = 0.0
-    min_timestep: int = 0
-    max_timestep: int = 1000
-
-
-def draw_noise(shape: Sequence[int], at: Coordinates, settings: NoiseSettings) -> torch.Tensor:
-    """Gaussian noise (b, c, h, w), float32 on the CPU, plus one offset per sample and channel if asked for.
-
-    Source of the offset: N. Guttenberg, "Diffusion with Offset Noise" (2023).
-    """
-    noise = np.empty((len(at.positions), *shape[1:]), dtype=np.float32)
-    for row, position in zip(noise, at.positions, strict=True):
-        generator = rng(at.seed, at.noise, at.epoch, at.index, position)
-        row[...] = generator.standard_normal(row.shape, dtype=np.float32)
-        if settings.noise_offset:
-            offset = generator.standard_normal((row.shape[0], 1, 1), dtype=np.float32)
-            row += np.float32(settings.noise_offset) * offset
-    return torch.from_numpy(noise)
-
-
-def draw_timesteps(at: Coordinates, settings: NoiseSettings) -> torch.Tensor:
-    """Timesteps (b,), int64 on the CPU, uniform in [min_timestep, max_timestep)."""
-    low, high = settings.min_timestep, settings.max_timestep
-    draws = [int(rng(at.seed, "timestep", at.epoch, at.index, p).integers(low, high)) for p in at.positions]
-    return torch.tensor(draws, dtype=torch.int64)
+    @classmethod
+    def of(cls, loss: Loss) -> "LossSettings":
+        """What the flags say."""
+        return cls(**{field.name: getattr(loss, field.name) for field in fields(cls)})
 
 
 class Objective:
     """The denoising loss of one noise schedule.
 
     Args:
-        alphas_cumprod: (1000,), float64, the schedule's cumulative products.
-        prediction_type: what the U-Net predicts.
-        min_snr_gamma: caps the weight of easy timesteps (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR
-            Weighting Strategy"): min(SNR, g) / SNR for epsilon, min(SNR, g) / (SNR + 1) for v-prediction.
+        alphas_cumprod: (T,), float64, the schedule's cumulative products; its last may be 0.
+        prediction_type: what the U-Net predicts, "epsilon" or "v_prediction".
+        alphas_before: (T,), float64, the products before they were rescaled to zero terminal SNR, which
+            `--legacy_ztsnr_weights` weighs by; None where nothing was rescaled.
+
+    Attributes:
+        weights: (T,), float32 on the device, the factor of a sample's loss at each timestep.
+
+    Raises:
+        ValueError: there is no objective for this prediction type.
     """
 
     def __init__(
-        self, alphas_cumprod: torch.Tensor, prediction_type: str, min_snr_gamma: float | None, device: torch.device
+        self,
+        alphas_cumprod: torch.Tensor,
+        prediction_type: str,
+        settings: LossSettings,
+        device: torch.device,
+        *,
+        alphas_before: torch.Tensor | None = None,
     ) -> None:
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"no objective for prediction type {prediction_type!r}")
-        table = alphas_cumprod.double()
+        table = alphas_cumprod.double().cpu()
+        weighed_by = table
+        if settings.legacy_ztsnr_weights and alphas_before is not None:
+            weighed_by = alphas_before.double().cpu()
+        self.settings = settings
         self._predicts_v = prediction_type == "v_prediction"
         self._signal = table.sqrt().float().to(device)
         self._noise = (1.0 - table).sqrt().float().to(device)
-        snr = table / (1.0 - table)
-        weights = torch.ones_like(snr)
-        if min_snr_gamma:
-            capped = snr.clamp(max=min_snr_gamma)
-            weights = capped / (snr + 1.0) if self._predicts_v else (min_snr_gamma / snr).clamp(max=1.0)
-        self.weights = weights.float().to(device)
+        self.weights = weight_table(weighed_by, self._predicts_v, settings).float().to(device)
+        self._thresholds = huber_table(table, settings).float().to(device)
 
     def _scales(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._signal[timesteps].view(-1, 1, 1, 1), self._noise[timesteps].view(-1, 1, 1, 1)
@@ -107,11 +97,67 @@ class Objective:
         timesteps: torch.Tensor,
         masks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Weighted mean squared error of each sample, (b,), float32.
+        """The weighted mean distance of each sample, (b,), float32.
 
-        `masks` (b, 1, h, w) multiply the errors; the mean still divides by all elements, as in sd-scripts.
+        `masks` (b, 1, h, w) multiply the distances. Their mean divides by all elements, as in sd-scripts, or with
+        `masked_loss_normalize` by a sample's masked area; a mask of nothing gives 0.
         """
-        errors = torch.nn.functional.mse_loss(prediction.float(), target.float(), reduction="none")
-        if masks is not None:
-            errors = errors * masks
-        return errors.mean(dim=(1, 2, 3)) * self.weights[timesteps]
+        distances = self._distances(prediction.float(), target.float(), timesteps)
+        if masks is None:
+            return distances.mean(dim=(1, 2, 3)) * self.weights[timesteps]
+        means = (distances * masks).mean(dim=(1, 2, 3))
+        if self.settings.masked_loss_normalize:
+            means = means / masks.float().mean(dim=(1, 2, 3)).clamp(min=_LEAST_AREA)
+        return means * self.weights[timesteps]
+
+    def _distances(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Per element. Pseudo-Huber (Charbonnier et al. 1997): 2 c (sqrt(d^2 + c^2) - c), smooth L1 without the c,
+        written so that nothing cancels where d is small."""
+        if self.settings.loss_type == "l2":
+            return torch.nn.functional.mse_loss(prediction, target, reduction="none")
+        if self.settings.loss_type == "l1":
+            return torch.nn.functional.l1_loss(prediction, target, reduction="none")
+        threshold = self._thresholds[timesteps].view(-1, 1, 1, 1)
+        square = (prediction - target).square()
+        bent = 2.0 * square / ((square + threshold.square()).sqrt() + threshold)
+        return bent * threshold if self.settings.loss_type == "huber" else bent
+
+
+def weight_table(alphas_cumprod: torch.Tensor, predicts_v: bool, settings: LossSettings) -> torch.Tensor:
+    """The product of all weightings that are on, at each timestep: (T,) float64, finite at SNR 0 as well.
+
+    With S the SNR up to 1000, and from 1e-4 where it is divided by: min-SNR (Hang et al. 2023, "Efficient Diffusion
+    Training via Min-SNR Weighting Strategy") is min(1, g / SNR) for epsilon, min(SNR, g) / (SNR + 1) for v; a v-loss
+    like that of noise is S / (S + 1); a share k of a loss like that of v adds k (S + 1) / S; debiased estimation (Yu et
+    al. 2024, "Unmasking Bias in Diffusion Model Training") is 1 / sqrt(S) for epsilon, 1 / (S + 1) for v.
+    """
+    snr = alphas_cumprod / (1.0 - alphas_cumprod)
+    low, high = _SNR_LIMITS
+    capped, limited = snr.clamp(max=high), snr.clamp(low, high)
+    weights = torch.ones_like(snr)
+    gamma = settings.min_snr_gamma
+    if gamma:
+        weights = snr.clamp(max=gamma) / (snr + 1.0) if predicts_v else (gamma / snr).clamp(max=1.0)
+    if settings.scale_v_pred_loss_like_noise_pred:
+        weights = weights * capped / (capped + 1.0)
+    if settings.v_pred_like_loss:
+        weights = weights * (1.0 + settings.v_pred_like_loss * (limited + 1.0) / limited)
+    if settings.debiased_estimation_loss:
+        weights = weights * (1.0 / (capped + 1.0) if predicts_v else limited.rsqrt())
+    return weights
+
+
+def huber_table(alphas_cumprod: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    """The parameter c of huber and smooth_l1 at each timestep: (T,) float64.
+
+    `constant` is c s, `exponential` c^(t / T) s, with the scale s; `snr` is (1 - c) / (1 + sigma)^2 + c without it,
+    where sigma = sqrt((1 - abar) / abar), from 1 without noise to c without signal.
+    """
+    steps = len(alphas_cumprod)
+    if settings.huber_schedule == "constant":
+        return torch.full((steps,), settings.huber_c * settings.huber_scale, dtype=torch.float64)
+    if settings.huber_schedule == "exponential":
+        times = torch.arange(steps, dtype=torch.float64) / steps
+        return settings.huber_c**times * settings.huber_scale
+    share = alphas_cumprod / (alphas_cumprod.sqrt() + (1.0 - alphas_cumprod).sqrt()).square()
+    return (1.0 - settings.huber_c) * share + settings.huber_c

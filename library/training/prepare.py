@@ -19,15 +19,26 @@ from library.models.evidence import SAYING, UNKNOWN
 from library.models.info import ModelInfo
 from library.models.pickles import SUFFIXES, read_weights
 from library.options import Options
+from library.options.loss_checks import objective_notices, objective_problems
+from library.options.modules import read_settings
 from library.options.specs import PRESERVE, DatasetSpec
 from library.training.learning_rates import LearningRates, learning_rates
-from library.training.prepare_data import Collector, Data, find_data, inspect_model
+from library.training.prepare_data import Collector, Data, find_data, inspect_model, process_count
 from library.training.prompts import Prompt, read_prompts
 from library.training.run_settings import MAY_CHANGE, PREDICTION, run_settings
-from library.training.start_weights import check_lora
+from library.training.start_weights import check_base_weights, check_lora
 from library.training.state import RunState, changes, check_same_run, find_latest, read_state, schedule_total
 from library.training.steps import Clock, PreviewPlan, SavePlan, ValidationPlan, epochs_between_saves, make_clock
+from library.training.uploads import fetch_state
+from library.training.watch import Watch
+from networks.blocks import block_notices, block_problems
 from networks.lora_args import parse as parse_lora
+from networks.oft_targets import oft_targets
+from networks.oft_targets import problems as oft_problems
+from networks.planned import all_targets
+
+_LORA_FILES = ("networks.lora", "networks.lora_fa", "networks.dylora")
+"""Modules whose files are plain LoRA files."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Resume:
 class Prepared:
     """A run that can start: what it reads, in which order, and what it does when.
 
+    `first_update` is how many updates count as done where no state says it (`--initial_step`);
     `schedule_total` is the number of steps that the learning-rate curve spans; `settings` is what a resumed run must
     share with the one that it goes on from.
     """
@@ -56,6 +68,7 @@ class Prepared:
     prompts: tuple[Prompt, ...]
     resume: Resume | None
     seed: int
+    first_update: int
     schedule_total: int
     settings: dict[str, str]
     may_change: dict[str, str]
@@ -90,6 +103,12 @@ def prepare(options: Options) -> Prepared:
     model = collect.attempt(lambda: inspect_model(options))
     if model:
         collect.problems += _text_problems(options, model)
+        module, given = str(options.network.network_module), options.network_arguments()
+        blocks = list(block_problems(given, model.family, module, options.where("network_args")))
+        collect.problems += blocks
+        notices += block_notices(given, model.family, module, options.where("network_args"))
+        if module == "networks.oft":
+            collect.problems += _oft_problems(options, model)
         collect.attempt(partial(model.check_clip_skip, options.model.clip_skip, options.where("clip_skip")))
     data = find_data(options, collect, model.vae_factor if model else 8, notices)
     prompts: tuple[Prompt, ...] = ()
@@ -100,10 +119,13 @@ def prepare(options: Options) -> Prepared:
         prompts = collect.attempt(lambda: read_prompts(path)) or ()
         collect.attempt(lambda: samplers.check(sampling.sample_sampler))
     weights = options.network.network_weights
-    if weights is not None and weights.is_file() and (base := model):
+    if weights is not None and weights.is_file() and (base := model) and not blocks:
         collect.attempt(lambda: _check_weights(options, weights, base))
+    if model:
+        collect.problems += [*objective_problems(options, model.prediction_type), *check_base_weights(options, model)]
     if data:
         collect.problems += _strength_problems(options, data.plan)
+        collect.problems += _watching_problems(options, data)
     resume = collect.attempt(lambda: _find_resume(options, notices))
     if model and resume and model.prediction_type is None:
         model = as_probed(model, resume.state)
@@ -111,6 +133,8 @@ def prepare(options: Options) -> Prepared:
         raise UserError(collect.problems, notices)
     plan = data.plan
     notices += [*_without_effect(options, model), *_unused_data_flags(options, data)]
+    masks = _has_masks(options, data)
+    notices += objective_notices(options, zero_terminal_snr=model.zero_terminal_snr, masks=masks)
     if not options.config.dry_run:
         notices.append(model.line)
     training = options.training
@@ -144,7 +168,8 @@ def prepare(options: Options) -> Prepared:
     if resume:
         check_same_run(resume.state, settings)
         span = schedule_total(resume.state, clock.total_updates, training.resume_schedule)
-        notices += changes(resume.state, may_change)
+        _check_patience(options, resume)
+        notices += changes(resume.state, may_change, process_count())
     return Prepared(
         options=options,
         model=model,
@@ -156,12 +181,42 @@ def prepare(options: Options) -> Prepared:
         prompts=prompts,
         resume=resume,
         seed=seed,
+        first_update=_first_update(options, clock),
         schedule_total=span,
         settings=settings,
         may_change=may_change,
         rates=rates,
         notices=tuple(notices),
     )
+
+
+def _check_patience(options: Options, resume: Resume) -> None:
+    """Refuse to go on with a run that has stopped early, as it would stop at once.
+
+    Raises:
+        UserError: so.
+    """
+    patience = options.training.early_stopping_patience
+    if Watch(patience, resume.state.watch.get("curves")).is_exhausted:
+        wrong = f"this run stopped early: {patience} validations in a row were no better than the best one"
+        raise UserError.single("--resume", wrong, "to go on all the same, raise --early_stopping_patience")
+
+
+def _first_update(options: Options, clock: Clock) -> int:
+    """`--initial_step`, or the updates before `--initial_epoch`.
+
+    Raises:
+        UserError: that is the end of the run, or behind it.
+    """
+    training = options.training
+    name = "initial_step" if training.initial_step is not None else "initial_epoch"
+    first = training.initial_step
+    if first is None:
+        first = clock.updates_per_epoch * ((training.initial_epoch or 1) - 1)
+    if first >= clock.total_updates:
+        wrong = f"the run has {clock.total_updates} steps, so that nothing is left after step {first}"
+        raise UserError.single(options.where(name), wrong, "raise --max_train_steps, or start earlier")
+    return first
 
 
 def as_probed(model: ModelInfo, state: RunState) -> ModelInfo:
@@ -187,14 +242,26 @@ def _text_problems(options: Options, model: ModelInfo) -> list[Problem]:
     return problems
 
 
+def _oft_problems(options: Options, model: ModelInfo) -> Iterator[Problem]:
+    """Widths of the model that can't be cut into as many blocks."""
+    given = options.network_arguments()
+    settings = read_settings("networks.oft", given, lambda name: f"--network_args {name}")
+    if settings.problems:
+        return
+    every, conv = (bool(settings.values.get(name)) for name in ("enable_all_linear", "enable_conv"))
+    chosen = oft_targets(all_targets(model), every_linear=every, conv=conv)
+    yield from oft_problems(chosen, parse_lora(options.network.network_dim, None, {}, module="networks.oft").dim)
+
+
 def _check_weights(options: Options, weights: Path, model: ModelInfo) -> None:
     """`--network_weights`, as far as its header tells whether it fits."""
     network, where = options.network, options.where("network_weights")
-    if network.network_module != "networks.lora":
+    if network.network_module not in _LORA_FILES:
         if weights.suffix.lower() in (".safetensors", *SUFFIXES):
             read_weights(weights, f"{where} {weights}")
         return
-    shape = parse_lora(network.network_dim, network.network_alpha, options.network_arguments())
+    module, given = str(network.network_module), options.network_arguments()
+    shape = parse_lora(network.network_dim, network.network_alpha, given, module=module)
     trained = learning_rates(options, len(model.text_encoder_configs)).trained
     check_lora(weights, where, model, None if network.dim_from_weights else shape, trained)
 
@@ -224,20 +291,27 @@ def needs_strength(plan: Plan) -> bool:
 
 
 def _strength_problems(options: Options, plan: Plan) -> Iterator[Problem]:
-    """LyCORIS decomposes weights without a way back: at strength 0, its DoRA is not the base model."""
+    """LyCORIS' DoRA has no strength between none and all."""
     decomposed = options.network_arguments().get("dora_wd", "False").lower() not in ("false", "0", "none")
-    foreign = options.network.network_module != "networks.lora"
-    if foreign and decomposed and needs_strength(plan):
-        wrong = f"a network with dora_wd can't change its strength, which network_multiplier or {PRESERVE} needs"
+    foreign = not str(options.network.network_module).startswith("networks.")
+    other = any(dataset.spec.network_multiplier not in (0, 1) for dataset in plan.datasets)
+    if foreign and decomposed and other:
+        wrong = "a network with dora_wd acts wholly or not at all, so that no other network_multiplier can be had"
         yield Problem(options.where("network_args"), wrong, "leave out one of the two")
+
+
+def _has_masks(options: Options, data: Data) -> bool:
+    """Whether losses may be masked: by a picture's mask, its alpha channel, or what a class of datasets gives."""
+    alpha = any(subset.alpha_mask for spec in data.specs for subset in spec.subsets)
+    records = data.plan.records + (data.held_out.records if data.held_out else ())
+    return alpha or options.dataset.dataset_class is not None or any(record.mask for record in records)
 
 
 def _unused_data_flags(options: Options, data: Data) -> Iterator[str]:
     """Lines about flags of the data that find nothing to work on."""
     flags = options.dataset
     everything = data.plan.records + (data.held_out.records if data.held_out else ())
-    alpha = any(subset.alpha_mask for spec in data.specs for subset in spec.subsets)
-    if flags.masked_loss and flags.dataset_class is None and not alpha and not any(one.mask for one in everything):
+    if flags.masked_loss and not _has_masks(options, data):
         yield f"{options.where('masked_loss')}: has no effect, no picture has a mask"
     if data.held_out is None:
         for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_seed"):
@@ -251,6 +325,13 @@ def _unused_data_flags(options: Options, data: Data) -> Iterator[str]:
     cached = options.caching.cache_latents
     if cached and any(subset.keep_in_memory for spec in data.specs for subset in spec.subsets):
         yield "keep_in_memory: has no effect with cached latents"
+
+
+def _watching_problems(options: Options, data: Data) -> Iterator[Problem]:
+    """An early stop needs something to look at."""
+    if options.training.early_stopping_patience is not None and data.held_out is None:
+        wrong = "needs held-out pictures, whose loss tells when to stop"
+        yield Problem(options.where("early_stopping_patience"), wrong, "add --validation_split 0.1")
 
 
 def _crops_faces(data: Data) -> bool:
@@ -269,6 +350,8 @@ def _find_resume(options: Options, notices: list[str]) -> Resume | None:
     wanted = options.training.resume
     if wanted is None:
         return None
+    if options.hub.resume_from_huggingface:
+        wanted = str(fetch_state(wanted, options.hub.huggingface_token))
     if str(wanted) != "latest":
         folder = Path(wanted)
         return Resume(folder, read_state(folder))

@@ -6,7 +6,7 @@ of their own, and the network's mode is put back.
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -22,14 +22,17 @@ _STAMP = "%Y%m%d%H%M%S"
 
 
 class Painter(Protocol):
-    """The model's part: one picture for one prompt; it chooses the size where the prompt names none."""
+    """The model's part: pictures of one prompt, one for each seed; it chooses the size where the prompt names none."""
 
-    def paint(self, prompt: Prompt, seed: int) -> "Image": ...
+    def paint(self, prompt: Prompt, seeds: Sequence[int]) -> "Iterator[Image]": ...
 
 
 @dataclass(frozen=True)
 class PreviewWriter:
-    """Draws prompts and files pictures; `started_at` (unix seconds) tells this run's pictures from older ones."""
+    """Draws prompts and files pictures; `started_at` (unix seconds) tells this run's pictures from older ones.
+
+    Of each prompt there are `count` pictures, whose seeds count up from the prompt's.
+    """
 
     painter: Painter
     prompts: Sequence[Prompt]
@@ -39,6 +42,7 @@ class PreviewWriter:
     seed: int
     started_at: float
     told_to_stop: Callable[[], bool]
+    count: int = 1
 
     def draw(self, updates_done: int, epoch: int | None) -> None:
         """Draw every prompt, unless told to stop. Files are named by `epoch` (from 1), or without one by the step."""
@@ -46,29 +50,47 @@ class PreviewWriter:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         tag = f"{updates_done:06d}" if epoch is None else f"e{epoch:06d}"
-        for index, prompt in enumerate(track(self.prompts, f"previews at step {updates_done}", len(self.prompts))):
-            seed = prompt.seed if prompt.seed is not None else int(rng(self.seed, "preview", index).integers(2**31))
+        total = len(self.prompts) * self.count
+        for index, seed, image in track(self._images(), f"previews at step {updates_done}", total):
+            stem = f"{tag}_{index:02d}_{time.strftime(_STAMP)}_{seed}"
+            write_png(image, self.folder / f"{self._prefix}{stem}.png")
+        if not self.told_to_stop():
+            self._write_sheet()
+
+    def _images(self) -> "Iterator[tuple[int, int, Image]]":
+        """The number of the prompt, the seed and the picture, until told to stop."""
+        for index, prompt in enumerate(self.prompts):
+            first = prompt.seed if prompt.seed is not None else int(rng(self.seed, "preview", index).integers(2**31))
+            seeds = range(first, first + self.count)
             if self.told_to_stop():
                 return
             sampler = prompt.sample_sampler or self.sampler
-            image = self.painter.paint(replace(prompt, sample_sampler=sampler), seed)
-            stem = f"{tag}_{index:02d}_{time.strftime(_STAMP)}_{seed}"
-            write_png(image, self.folder / f"{self._prefix}{stem}.png")
-        self._write_sheet()
+            pictures = self.painter.paint(replace(prompt, sample_sampler=sampler), seeds)
+            for seed, image in zip(seeds, pictures, strict=True):
+                yield index, seed, image
+                if self.told_to_stop():
+                    return
 
     @property
     def _prefix(self) -> str:
         return f"{self.output_name}_" if self.output_name else ""
 
     def _pictures(self) -> dict[str, dict[int, Path]]:
-        """This run's pictures on disk: tag -> number of the prompt -> newest file."""
-        pattern = re.compile(re.escape(self._prefix) + r"(e?\d{6})_(\d{2,})_(\d{14})_\d+\.png")
+        """This run's pictures on disk: tag -> column of the sheet -> newest file. A prompt has `count` columns, its
+        pictures in the order of their seeds."""
+        pattern = re.compile(re.escape(self._prefix) + r"(e?\d{6})_(\d{2,})_(\d{14})_(\d+)\.png")
         since = time.strftime(_STAMP, time.localtime(self.started_at))
-        rows: dict[str, dict[int, Path]] = {}
-        for path in sorted(self.folder.glob("*.png"), key=lambda path: path.name):
+        found: dict[tuple[str, int], dict[int, tuple[str, Path]]] = {}
+        for path in self.folder.glob("*.png"):
             match = pattern.fullmatch(path.name)
             if match and match[3] >= since:
-                rows.setdefault(match[1], {})[int(match[2])] = path
+                seeds = found.setdefault((match[1], int(match[2])), {})
+                seeds[int(match[4])] = max(seeds.get(int(match[4]), ("", path)), (match[3], path))
+        rows: dict[str, dict[int, Path]] = {}
+        for (tag, index), seeds in sorted(found.items()):
+            newest = sorted(seeds, key=lambda seed: (seeds[seed][0], -seed))[-self.count :]
+            for place, seed in enumerate(sorted(newest)):
+                rows.setdefault(tag, {})[index * self.count + place] = seeds[seed][1]
         return rows
 
     def _write_sheet(self) -> None:

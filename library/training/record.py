@@ -44,9 +44,11 @@ class RunRecord:
         session_id: int,
         started_at: float,
         optimizer: str,
+        finds_its_rate: bool = False,
     ) -> None:
         """`version` and `prediction_type` are the base model's, such as `sd_v1` and `epsilon`; times are unix
-        seconds; `optimizer` is its full label."""
+        seconds; `optimizer` is its full label, and `finds_its_rate` is true of Adafactor's relative step."""
+        self._finds_its_rate = finds_its_rate
         self._hashes = hashes
         self._prediction_type = prediction_type
         self._prepared = prepared
@@ -82,6 +84,9 @@ class RunRecord:
             zero_terminal_snr=prepared.model.zero_terminal_snr,
             text_encoder_lr=list(rates) if len(rates) > 1 else next(iter(rates), None),
         )
+        if self._finds_its_rate:
+            initial = f"adafactor:{options.optimizer.learning_rate}"
+            settings = replace(settings, learning_rate=None, unet_lr=None, text_encoder_lr=None, lr_scheduler=initial)
         progress = Progress(updates_done // prepared.clock.updates_per_epoch, updates_done, now)
         spec = ModelSpec(
             base_model_version=self._version,

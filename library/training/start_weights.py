@@ -1,67 +1,89 @@
-"""Whether `--network_weights` fits the base model and the network, told from the file's header. Imports no torch."""
+"""Whether weight files that a run starts from fit the base model and the network, told from their headers: no torch."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, cast
 
-from library.errors import UserError
+from library.errors import Problem, UserError
 from library.models.info import ModelInfo
-from library.models.lora_targets import targets
-from library.models.pickles import read_weights
+from library.options import Options
+from networks.blocks import shaped
 from networks.lora_args import LoraArgs
-from networks.lora_file import fit
-from networks.lora_keys import modules_of, spellings
+from networks.lora_file import FileModule, fit, fit_magnitudes
+from networks.lora_header import header_modules
+from networks.planned import all_targets
 
-
-@dataclass(frozen=True)
-class _StandIn:
-    """A tensor of a header: all that is asked of it is its shape."""
-
-    shape: tuple[int, ...]
-
-    def reshape(self, shape: tuple[int, ...]) -> "_StandIn":
-        return _StandIn(tuple(shape))
-
-    def __float__(self) -> float:
-        return 1.0
+_FAMILY = "use a LoRA of the same model family"
 
 
 def check_lora(path: Path, where: str, model: ModelInfo, network: LoraArgs | None, trained: Collection[str]) -> None:
     """Refuse what networks.lora would refuse after the model is loaded.
 
     Args:
-        network: ranks of the network; None takes those of the file (`--dim_from_weights`).
+        network: the network's settings; None takes ranks and kinds of the file (`--dim_from_weights`).
         trained: the parts that are trained, `unet` and `text_encoder`.
 
     Raises:
-        UserError: not a LoRA, damaged, made for another family, of another rank, or of modules that the model lacks or
-            that aren't trained.
+        UserError: not a LoRA, damaged, made for another family, of another rank or kind, or of modules that the model
+            lacks or that aren't trained.
     """
     source = f"{where} {path}"
-    header = read_weights(path, source)
-    found = targets(model.unet_config, model.text_encoder_configs, conv=True, unet_key=model.family.unet_key)
-    tensors = cast(dict[str, Any], {name: _StandIn(entry.shape) for name, entry in header.entries.items()})
-    modules = modules_of(tensors, spellings(found, model.unet_config), source)
-    known = {target.name: target for target in found}
-    if not modules:
-        raise UserError.single(source, "holds no LoRA", "give a LoRA file")
-    strange = [name for name in modules if name not in known]
-    if len(strange) == len(modules) or (strange and network is None):
-        wrong = f"{len(strange)} of its {len(modules)} modules are not in this base model, e.g. {strange[0]}"
-        raise UserError.single(source, wrong, "use a LoRA of the same model family")
+    modules = _known_modules(path, source, model, strict=network is None)
+    found = all_targets(model)
+    if network is None:
+        ranks = {target: modules[target.name].down.shape[0] for target in found if target.name in modules}
+    else:
+        mine = [target for target in found if target.part in trained]
+        ranks = {target: rank for target, rank, _ in shaped(mine, network, model.family.blocks)}
     held = 0
-    for name, module in modules.items():
-        target = known.get(name)
-        if target is None or (target.part not in trained and network is not None):
+    for target, rank in ranks.items():
+        module = modules.get(target.name)
+        if module is None:
             continue
-        rank: int | None = module.down.shape[0]
-        if network is not None:
-            rank = network.conv_dim if target.kernel == "3x3" or target.conv_only else network.dim
-            rank = rank and (rank if target.kernel == "3x3" else network.dim)
-        if rank:
-            fit(module, target, rank, source)
-            held += target.part in trained
+        fit(module, target, rank, source)
+        if fit_magnitudes(module, target, source) is not None and network is not None and not network.dora:
+            wrong = f"{target.name} is a DoRA there, and the network is none"
+            raise UserError.single(source, wrong, "add dora=true to --network_args")
+        held += target.part in trained
     if not held:
         wrong = f"none of its {len(modules)} modules is in this network"
         raise UserError.single(source, wrong, f"it trains {' and '.join(trained)}; see --network_args for convolutions")
+
+
+def check_base_weights(options: Options, model: ModelInfo) -> Iterator[Problem]:
+    """What is wrong with `--base_weights`: LoRA files, plain or DoRA, of which every module must be in the model."""
+    files, strengths = options.network.base_weights or (), options.network.base_weights_multiplier or ()
+    where = options.where("base_weights")
+    if len(strengths) > len(files):
+        wrong = f"{len(strengths)} strengths for {len(files)} files"
+        yield Problem(options.where("base_weights_multiplier"), wrong, "give one for each file of --base_weights")
+    for file in files:
+        path = Path(file)
+        if not path.is_file():
+            yield Problem(where, f"there is no file {path}")
+            continue
+        source = f"{where} {path}"
+        try:
+            modules = _known_modules(path, source, model, strict=True)
+            for target in all_targets(model):
+                if module := modules.get(target.name):
+                    fit(module, target, module.down.shape[0], source)
+                    fit_magnitudes(module, target, source)
+        except UserError as error:
+            yield from error.problems
+
+
+def _known_modules(path: Path, source: str, model: ModelInfo, *, strict: bool) -> dict[str, FileModule]:
+    """The modules of a file. `strict`: the model must have all of them, not only some.
+
+    Raises:
+        UserError: it is no LoRA, or one for another model.
+    """
+    modules = header_modules(path, source, model)
+    known = {target.name for target in all_targets(model)}
+    if not modules:
+        raise UserError.single(source, "holds no LoRA", "give a LoRA file")
+    strange = [name for name in modules if name not in known]
+    if len(strange) == len(modules) or (strange and strict):
+        wrong = f"{len(strange)} of its {len(modules)} modules are not in this base model, e.g. {strange[0]}"
+        raise UserError.single(source, wrong, _FAMILY)
+    return modules

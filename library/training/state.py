@@ -2,27 +2,31 @@
 
 Because every random draw is keyed by its place in the run, a state holds no random numbers: where the run stands, what
 was learned, and the settings that a resumed run must share. Folders are complete or absent: they are written under a
-temporary name, flushed and renamed, and every file's hash stands in the manifest.
+temporary name, flushed and renamed, and every file's hash stands in the manifest. What isn't here: when states are
+written and which old ones go (steps, saving), and what the settings are (run_settings).
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.console import warn
 from library.errors import Problem, UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TENSORS = "trained.safetensors"
 OPTIMIZER = "optimizer.pt"
 SUFFIX = "-state"
 _REPLACED = ".replaced"
+_DELETED = ".deleted"
 
+_START_ANEW = "or start from its weights with --network_weights and --initial_step"
 _ADVICE = {
     "seed": "resume with the seed that the run was started with, or leave --seed out",
     "data": "resume with the same pictures, captions and dataset settings",
@@ -35,7 +39,8 @@ _ADVICE = {
 class RunState:
     """Where a run stands after `updates_done` updates, and its settings.
 
-    A resume must share `settings`; `may_change` holds those that it may change, with a line that says so.
+    A resume must share `settings`; `may_change` holds those that it may change, with a line that says so. `watch` is
+    what JSON can hold of the advisor's state (training.watch); `world_size` is the number of processes.
     """
 
     updates_done: int
@@ -47,6 +52,17 @@ class RunState:
     losses: tuple[float, ...]
     settings: dict[str, str]
     may_change: dict[str, str]
+    watch: dict[str, Any] = field(default_factory=dict)
+    world_size: int = 1
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run had done all its steps."""
+        return self.updates_done >= self.total_updates
+
+
+class UnstorableStateError(Exception):
+    """An optimizer or schedule keeps objects that can't be read back without running code; nothing was written."""
 
 
 def _digest(path: Path) -> str:
@@ -64,30 +80,78 @@ def flush(path: Path) -> None:
 
 
 def write_state(folder: Path, state: RunState, tensors: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
-    """Write a state folder; one of the same name is replaced only when the new one is complete."""
-    import torch
+    """Write a state folder; one of the same name is replaced only when the new one is complete.
 
-    from library.weights.files import save_safetensors
-
+    Raises:
+        UnstorableStateError: the optimizer's state can't be read back as `load_tensors` does; older states stay.
+    """
     _tidy(folder)
     temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-    temporary.mkdir(parents=True)
-    save_safetensors(tensors, temporary / TENSORS, {})
-    torch.save(dict(optimizer), temporary / OPTIMIZER)
-    manifest = {
-        "format": "lorasmith state",
-        "version": FORMAT_VERSION,
-        "files": {name: _digest(temporary / name) for name in (TENSORS, OPTIMIZER)},
-        **asdict(state),
-    }
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        flush(path)
+    try:
+        _write_files(temporary, state, tensors, optimizer)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(folder.with_name(f".{folder.name}{_REPLACED}"))
     temporary.rename(folder)
     flush(folder.parent)
     _tidy(folder)
+
+
+def _write_files(folder: Path, state: RunState, tensors: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
+    """The files of a state, flushed to the disk."""
+    import torch
+
+    from library.weights.files import save_safetensors
+
+    folder.mkdir(parents=True)
+    save_safetensors(tensors, folder / TENSORS, {})
+    torch.save(dict(optimizer), folder / OPTIMIZER)
+    with _known_classes():
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(folder / OPTIMIZER)
+    if unknown:
+        raise UnstorableStateError(f"the optimizer or schedule keeps {', '.join(sorted(unknown))} in its state")
+    manifest = {
+        "format": "lorasmith state",
+        "version": FORMAT_VERSION,
+        "files": {name: _digest(folder / name) for name in (TENSORS, OPTIMIZER)},
+        **asdict(state),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        flush(path)
+
+
+def _known_classes() -> Any:
+    """A context in which torch also reads numpy's arrays and numbers, which are harmless to build.
+
+    Of other classes it knows tensors and Python's plain ones; the rest is refused, since reading it would run code.
+    """
+    import numpy as np
+    import torch
+
+    arrays: list[Callable[..., Any]] = [np.ndarray, np.dtype, *_numpy_builders()]
+    numbers = [type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")]
+    return torch.serialization.safe_globals([*arrays, *numbers])
+
+
+def _numpy_builders() -> list[Callable[..., Any]]:
+    """The functions by which numpy's pickles are read."""
+    import numpy as np
+
+    return [builder for builder in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]) if callable(builder)]
+
+
+def delete_state(folder: Path) -> None:
+    """Delete a state folder; if that is cut short, no half of one bears its name."""
+    doomed = folder.with_name(f".{folder.name}{_DELETED}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _tidy(folder: Path) -> None:
@@ -109,20 +173,28 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def find_latest(output_dir: Path, output_name: str | None) -> Path | None:
-    """The state of this output name that is furthest in the run that was saved last, or None."""
+    """The whole state of this output name that is furthest in the run that was saved last, or None.
+
+    Damaged ones are passed over with a warning, unless there is no other.
+    """
     for replaced in output_dir.glob(f".*{SUFFIX}{_REPLACED}"):
         _tidy(replaced.with_name(replaced.name[1:].removesuffix(_REPLACED)))
     found: dict[tuple[int, float], list[tuple[int, Path]]] = {}
-    newest, latest_run = 0.0, None
+    saved_at: dict[tuple[int, float], float] = {}
     for folder in sorted(output_dir.glob(f"*{SUFFIX}")):
         manifest = _manifest(folder) if _is_named(folder, output_name) else None
-        if manifest and manifest.get("version") == FORMAT_VERSION:
-            run = (int(manifest["session_id"]), float(manifest["started_at"]))
-            found.setdefault(run, []).append((int(manifest["updates_done"]), folder))
-            saved_at = (folder / MANIFEST).stat().st_mtime
-            if saved_at >= newest:
-                newest, latest_run = saved_at, run
-    return max(found[latest_run])[1] if latest_run else None
+        if manifest:
+            run = (int(manifest.get("session_id", 0)), float(manifest.get("started_at", 0)))
+            found.setdefault(run, []).append((int(manifest.get("updates_done", 0)), folder))
+            saved_at[run] = max(saved_at.get(run, 0.0), (folder / MANIFEST).stat().st_mtime)
+    runs = sorted(found, key=lambda run: saved_at[run], reverse=True)
+    candidates = [folder for run in runs for _, folder in sorted(found[run], reverse=True)]
+    for folder in candidates:
+        damage = _damage(folder)
+        if damage is None:
+            return folder
+        warn(f"--resume latest: {folder} is damaged ({damage}) and passed over")
+    return candidates[0] if candidates else None
 
 
 def _is_named(folder: Path, output_name: str | None) -> bool:
@@ -132,6 +204,16 @@ def _is_named(folder: Path, output_name: str | None) -> bool:
     if output_name is None:
         return stem == "last" or base in ("at", "epoch")
     return stem == output_name or (base == output_name and tail.removeprefix("step").isdigit())
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a state that has a manifest."""
+    manifest = _manifest(folder) or {}
+    for name, digest in manifest.get("files", {}).items():
+        path = folder / name
+        if not path.is_file() or _digest(path) != digest:
+            return f"{name} is missing or changed"
+    return None
 
 
 def read_state(folder: Path) -> RunState:
@@ -151,17 +233,16 @@ def read_state(folder: Path) -> RunState:
         if (folder / "train_state.json").exists() or (folder / "random_states_0.pkl").exists():
             raise refuse(
                 "was written by sd-scripts; its data order and random numbers can't be taken over",
-                "start from its weights with --network_weights",
+                _START_ANEW.removeprefix("or "),
             )
         raise refuse("holds no manifest.json of lorasmith", "give a folder that --save_state has written, or `latest`")
-    if manifest["version"] != FORMAT_VERSION:
-        raise refuse(
-            f"has format version {manifest['version']}, this program reads {FORMAT_VERSION}", "update lorasmith"
-        )
-    for name, digest in manifest["files"].items():
-        path = folder / name
-        if not path.is_file() or _digest(path) != digest:
-            raise refuse(f"is damaged: {name} is missing or changed", "resume from another state")
+    version = manifest.get("version")
+    if version != FORMAT_VERSION:
+        older = isinstance(version, int) and version < FORMAT_VERSION
+        advice = f"finish that run with the lorasmith that wrote it, {_START_ANEW}" if older else "update lorasmith"
+        raise refuse(f"has format version {version}, this program reads {FORMAT_VERSION}", advice)
+    if damage := _damage(folder):
+        raise refuse(f"is damaged: {damage}", "resume from another state")
     fields = {key: manifest[key] for key in RunState.__dataclass_fields__}
     return RunState(**{**fields, "losses": tuple(fields["losses"])})
 
@@ -185,13 +266,19 @@ def check_same_run(state: RunState, settings: Mapping[str, str]) -> None:
         raise UserError(problems)
 
 
-def changes(state: RunState, may_change: Mapping[str, str]) -> list[str]:
+def changes(state: RunState, may_change: Mapping[str, str], world_size: int | None = None) -> list[str]:
     """A line for each setting that a resumed run has otherwise than the run was started with."""
-    return [
+    lines = [
         f"--resume: {name} was {state.may_change.get(name)}, from here on it is {value}"
         for name, value in may_change.items()
         if state.may_change.get(name) != value
     ]
+    if world_size is not None and world_size != state.world_size:
+        lines.append(
+            f"--resume: the run had {state.world_size} processes, from here on {world_size}: samples and noise stay "
+            "the same, sums over processes may differ in their last bits"
+        )
+    return lines
 
 
 def schedule_total(state: RunState, total: int, choice: str | None) -> int:
@@ -222,4 +309,6 @@ def load_tensors(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
     from safetensors.torch import load_file
 
-    return load_file(folder / TENSORS), torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+    with _known_classes():
+        optimizer = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+    return load_file(folder / TENSORS), optimizer

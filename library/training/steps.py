@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-SaveKind = Literal["epoch", "step", "end", "stop"]
+SaveKind = Literal["epoch", "step", "end", "stop", "best", "asked"]
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,25 @@ class SavePlan:
                     )
                 )
         if updates_done >= clock.total_updates:
-            saves.append(Save("end", self.end_stem, self.save_state or self.save_state_on_train_end))
+            saves.append(self.at_end())
         return tuple(saves)
+
+    def at_end(self) -> Save:
+        """What is written when there is nothing left to do."""
+        return Save("end", self.end_stem, self.save_state or self.save_state_on_train_end)
 
     def on_stop(self, updates_done: int) -> Save:
         """What a run that is told to stop writes: always with a state."""
         return Save("stop", self.step_stem(updates_done), True)
+
+    def on_request(self, updates_done: int) -> Save:
+        """What is written when somebody asks for it in the middle of a run."""
+        return Save("asked", self.step_stem(updates_done), True)
+
+    @property
+    def best(self) -> Save:
+        """The weights with the lowest loss on held-out pictures so far: one file that is replaced."""
+        return Save("best", f"{self.output_name}-best" if self.output_name else "best", False)
 
 
 def epochs_between_saves(save_every_n_epochs: int | None, save_n_epoch_ratio: int | None, epochs: int) -> int | None:

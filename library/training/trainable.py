@@ -7,14 +7,14 @@ optional call, nothing happens.
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from library.console import say
 from library.errors import UserError
+from library.training.coordinates import Coordinates
 from library.training.learning_rates import LearningRates
-from library.training.objective import Coordinates
 from networks import foreign
 
 
@@ -30,6 +30,9 @@ class Trainable(Protocol):
     def before_micro_step(self, at: Coordinates) -> None: ...
     def train(self, mode: bool) -> None: ...
     def set_multiplier(self, multiplier: float) -> None: ...
+    def freeze_text_encoders(self) -> None: ...
+    def block_norms(self, kind: Literal["gradient", "weight"]) -> dict[str, torch.Tensor]: ...
+    def limit_norms(self, limit: float, device: torch.device) -> dict[str, torch.Tensor | float]: ...
     def state_dict(self) -> dict[str, torch.Tensor]: ...
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
     def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str]) -> None: ...
@@ -86,9 +89,9 @@ class NetworkTrainable:
         """Every parameter of every group, in order."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
-    def to(self, device: torch.device) -> None:
-        """Adapters stand in float32, whatever the frozen parts are."""
-        self.network.to(device=device, dtype=torch.float32)
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Adapters stand in float32, whatever the frozen parts are, unless the run keeps them in 16 bits, too."""
+        self.network.to(device=device, dtype=dtype)
 
     def enable_gradient_checkpointing(self) -> None:
         self.network.enable_gradient_checkpointing()
@@ -131,6 +134,28 @@ class NetworkTrainable:
             raise UserError.single("--network_module", wrong, advice)
         change(multiplier)
         self._multiplier = multiplier
+
+    def freeze_text_encoders(self) -> None:
+        """From now on the text encoders' part stays as it is: it has no gradients, so that optimizers pass it over."""
+        if not self.trains_text_encoder:
+            return
+        self.trains_text_encoder = False
+        for name, group in zip(self.descriptions, self.groups, strict=True):
+            for parameter in group["params"] if name.startswith("textencoder") else ():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def limit_norms(self, limit: float, device: torch.device) -> dict[str, torch.Tensor | float]:
+        """Shrink what modules add until no norm is above `limit`; what was done, by its names in the log."""
+        with torch.no_grad():
+            done = self.network.apply_max_norm_regularization(limit, device)
+        return dict(zip(("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm"), done, strict=True))
+
+    def block_norms(self, kind: Literal["gradient", "weight"]) -> dict[str, torch.Tensor]:
+        """Norms of gradients or weights for each block of the model, 0-d, by their names in the log."""
+        norms = getattr(self.network, "norms_by_block", None)
+        found = {} if norms is None else norms(kind == "gradient")
+        return {f"norm/{kind}/{block}": norm for block, norm in found.items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.network.state_dict()

@@ -13,6 +13,7 @@ from library.models.info import ModelInfo, PartInfo
 from library.options import load_datasets, parse
 from library.training import dry_run
 from library.training.learning_rates import LearningRates
+from library.training.memory_plan import predict_memory
 from library.training.prepare import Prepared
 from library.training.prepare_data import Data
 from library.training.steps import PreviewPlan, SavePlan, ValidationPlan, make_clock
@@ -55,6 +56,7 @@ def prepared(tmp_path: Path, make_picture: MakePicture, repo_root: Path) -> Call
             prompts=(),
             resume=None,
             seed=1,
+            first_update=0,
             schedule_total=8,
             settings={},
             may_change={},
@@ -63,6 +65,10 @@ def prepared(tmp_path: Path, make_picture: MakePicture, repo_root: Path) -> Call
         )
 
     return make
+
+
+def show(run: Prepared) -> None:
+    dry_run.show(run, predict_memory(run))
 
 
 def cells(said: str) -> list[list[str]]:
@@ -85,7 +91,7 @@ def test_every_family_is_shown(
     caption_bytes: int,
 ) -> None:
     run = prepared(family, te=(1e-5,) * (len(modules) - 1))
-    dry_run.show(run)
+    show(run)
     said = capsys.readouterr().out
     assert said.splitlines()[0] == f"base model base.safetensors: {FAMILIES[family].title}, predicts noise"
     rows = cells(said)
@@ -98,7 +104,7 @@ def test_every_family_is_shown(
 def test_an_encoder_with_the_rate_0_has_no_row(
     prepared: Callable[..., Prepared], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dry_run.show(prepared("sdxl", te=(0.0, 1e-5)))
+    show(prepared("sdxl", te=(0.0, 1e-5)))
     parts = {row[0] for row in cells(capsys.readouterr().out)}
     assert "text_encoder_2" in parts
     assert "text_encoder" not in parts
@@ -112,7 +118,7 @@ def test_frozen_encoders_tell_of_memo_and_cache(
     assert (use.caption_bytes, use.memo_bytes) == ((227 * 2048 + 1280) * 2, 3 * 2**20)
     assert not (use.trains or use.ahead or use.to_disk)
     run = prepared("sdxl", *only, "--cache_text_encoder_outputs_to_disk", te=(0.0, 0.0))
-    dry_run.show(run)
+    show(run)
     said = capsys.readouterr().out
     assert "text: 2 captions encoded before training, kept in files beside the pictures; then the text encod" in said
 
@@ -120,7 +126,7 @@ def test_frozen_encoders_tell_of_memo_and_cache(
 def test_signs_of_weights_are_no_tokens(prepared: Callable[..., Prepared], capsys: pytest.CaptureFixture[str]) -> None:
     rows = {}
     for flags in ((), ("--weighted_captions",)):
-        dry_run.show(prepared("sd1", *flags))
+        show(prepared("sd1", *flags))
         said = capsys.readouterr().out.splitlines()
         title = next(i for i, line in enumerate(said) if line.startswith("Tokens per caption"))
         rows[flags] = cells("\n".join(said[title:]))[0]

@@ -34,6 +34,7 @@ ALGOS: dict[str, tuple[dict[str, str], set[str]]] = {
     "full": ({"algo": "full"}, {"diff", "diff_b"}),
     "dora": ({"algo": "locon", "dora_wd": "True"}, FACTORS | {"dora_scale"}),
 }
+BOUNDED = ("locon", "loha", "lokr", "boft", "dora")
 
 
 class Attached:
@@ -209,6 +210,73 @@ def test_gradient_checkpointing_recomputes_the_same(args: dict[str, str], tiny_s
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("algo", BOUNDED)
+def test_norms_are_bounded_as_asked(algo: str, tiny_sd1: Path) -> None:
+    """`--scale_weight_norms`: afterwards no module's change is above the bound, and the file holds what is left."""
+    attached = Attached(tiny_sd1, ALGOS[algo][0])
+    fill(attached.network, 0.5)
+    with torch.no_grad():
+        scaled, mean, greatest = attached.network.apply_max_norm_regularization(0.2, torch.device("cpu"))
+        assert 0 < float(scaled) <= len(attached.network.loras)
+        assert float(mean) * 0.999 <= float(greatest) <= 0.2 * 1.001
+        scaled, *_ = attached.network.apply_max_norm_regularization(0.21, torch.device("cpu"))
+    assert int(scaled) == 0
+
+
+@pytest.mark.parametrize("algo", ["locon", "loha", "lokr", "boft", "full", "dora"])
+def test_strength_zero_gives_the_base(algo: str, tiny_sd1: Path) -> None:
+    base = forward(load_unet(tiny_sd1), load_text_encoder(tiny_sd1))
+    attached = Attached(tiny_sd1, ALGOS[algo][0])
+    fill(attached.network, 0.5 if algo == "loha" else 0.05)
+    attached.network.eval()
+    full = attached.forward()
+    assert (full - base).abs().max() > 1e-3
+    attached.network.set_multiplier(0.0)
+    torch.testing.assert_close(attached.forward(), base, rtol=0, atol=1e-4)
+    attached.network.set_multiplier(1.0)
+    assert torch.equal(attached.forward(), full)
+
+
+@pytest.mark.parametrize(
+    ("algo", "strength"), [("locon", 0.5), ("loha", 0.5), ("lokr", 0.5), ("glora", 1.0), ("full", 1.0)]
+)
+def test_a_merged_file_acts_as_the_network_does(algo: str, strength: float, tiny_sd1: Path, tmp_path: Path) -> None:
+    attached = Attached(tiny_sd1, ALGOS[algo][0])
+    with torch.no_grad():
+        for parameter in attached.network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    path = tmp_path / "lycoris.safetensors"
+    attached.network.save_weights(str(path), None, {})
+    attached.network.set_multiplier(strength)
+    unet, text_encoder = load_unet(tiny_sd1), load_text_encoder(tiny_sd1)
+    before = forward(unet, text_encoder)
+    foreign.merge_weights(NAME, path, strength, text_encoder, unet)
+    merged = forward(unet, text_encoder)
+    assert (merged - before).abs().max() > 1e-3
+    torch.testing.assert_close(merged, attached.forward(), rtol=1e-3, atol=1e-4)
+
+
+def test_trained_norms_survive_a_model_with_channels_last(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Whose first norm's input asks for no gradient: there a kernel of torch ends the process."""
+    attached = Attached(tiny_sd1, {"algo": "locon", "train_norm": "True"})
+    attached.unet.to(memory_format=torch.channels_last)
+    attached.forward().square().mean().backward()
+    norms = {name: one for name, one in attached.network.named_parameters() if name.endswith("_norm")}
+    assert any("down_blocks_0_resnets_0_norm1" in name for name in norms)
+    assert all(one.grad is not None and bool(one.grad.any()) for one in norms.values())
+    plain = Attached(tiny_sd1, {"algo": "locon", "train_norm": "True"})
+    plain.forward().square().mean().backward()
+    for name, one in plain.network.named_parameters():
+        if name in norms:
+            torch.testing.assert_close(norms[name].grad, one.grad, rtol=1e-3, atol=1e-5)
+    fill(attached.network)
+    expected = attached.forward()
+    attached.network.save_weights(str(tmp_path / "a.safetensors"), None, {})
+    assert {key.partition(".")[2] for key in load_file(tmp_path / "a.safetensors")} == {*FACTORS, "w_norm", "b_norm"}
+    assert plain.network.load_weights(str(tmp_path / "a.safetensors")) == {}
+    torch.testing.assert_close(plain.forward(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_text_is_made_what_lycoris_reads() -> None:

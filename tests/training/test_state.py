@@ -1,9 +1,12 @@
 """States: complete or absent, found again, and refused when they don't fit."""
 
+import json
 import os
+from collections import Counter, OrderedDict, deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +34,8 @@ def make(updates: int = 4, **changes: object) -> RunState:
         "losses": (0.1, 1 / 3),
         "settings": {"seed": "3", "data": "abc"},
         "may_change": {"learning_rate": "0.1"},
+        "watch": {"best": [3, 0.1 + 0.2], "seen": None},
+        "world_size": 2,
     }
     return RunState(**{**values, **changes})
 
@@ -111,6 +116,88 @@ def test_a_state_of_sd_scripts_is_refused_with_advice(tmp_path: Path) -> None:
     (tmp_path / "train_state.json").write_text("{}")
     with pytest.raises(UserError, match=r"sd-scripts.*--network_weights"):
         read_state(tmp_path)
+
+
+@pytest.mark.parametrize(("version", "advice"), [(1, "finish that run.*--network_weights"), (9, "update lorasmith")])
+def test_another_version_is_refused_even_as_latest(tmp_path: Path, version: int, advice: str) -> None:
+    write(tmp_path / "x-state", make())
+    path = tmp_path / "x-state/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
+    found = find_latest(tmp_path, "x")
+    assert found is not None
+    with pytest.raises(UserError, match=f"format version {version}.*{advice}"):
+        read_state(found)
+
+
+def test_latest_passes_over_a_damaged_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "x-step00000002-state", make(2))
+    write(tmp_path / "x-step00000004-state", make(4))
+    (tmp_path / "x-step00000004-state" / states.OPTIMIZER).write_bytes(b"")
+    assert find_latest(tmp_path, "x") == tmp_path / "x-step00000002-state"
+    assert "x-step00000004-state is damaged (optimizer.pt is missing or changed)" in capsys.readouterr().err
+    states.delete_state(tmp_path / "x-step00000002-state")
+    assert find_latest(tmp_path, "x") == tmp_path / "x-step00000004-state"
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(states, "flush", crash)
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path / "x-state", make(4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_deleting_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "x-state", make())
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    states.delete_state(tmp_path / "x-state")
+    states.delete_state(tmp_path / "never-there-state")
+    assert find_latest(tmp_path, "x") is None
+    assert not (tmp_path / "x-state").exists()
+
+
+class Unsafe:
+    """Something that can only be read back by running code."""
+
+
+@pytest.mark.parametrize(("kept", "name"), [(Unsafe(), r"test_state\.Unsafe"), (deque([1.0]), r"collections\.deque")])
+def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, kept: object, name: str) -> None:
+    write(tmp_path / "x-state", make(2))
+    with pytest.raises(states.UnstorableStateError, match=name):
+        states.write_state(tmp_path / "x-state", make(4), {"a": torch.ones(1)}, {"optimizer": {"kept": kept}})
+    assert read_state(tmp_path / "x-state").updates_done == 2
+
+
+def test_numbers_and_containers_of_other_packages_come_back(tmp_path: Path) -> None:
+    kept = {
+        "float": np.float64(0.1),
+        "half": np.float16(0.5),
+        "array": np.arange(3, dtype=np.int32),
+        "counts": Counter({3: 1}),
+        "state": {0: {"a": torch.ones(2, dtype=torch.bfloat16)}},
+        "set": {1, 2},
+        "ordered": OrderedDict(a=1, b=2),
+    }
+    states.write_state(tmp_path / "x-state", make(), {"a": torch.ones(1)}, {"optimizer": kept})
+    _, loaded = load_tensors(tmp_path / "x-state")
+    found = loaded["optimizer"]
+    assert type(found["float"]) is np.float64 and found["float"] == kept["float"]
+    assert found["half"].dtype == np.float16 and found["array"].dtype == np.int32
+    assert found["counts"] == {3: 1} and found["set"] == {1, 2}
+    assert list(found["ordered"].items()) == [("a", 1), ("b", 2)]
+    assert found["state"][0]["a"].dtype == torch.bfloat16
+
+
+def test_a_finished_run_is_known(tmp_path: Path) -> None:
+    assert make(12).is_finished and not make(11).is_finished
+
+
+def test_another_number_of_processes_is_said() -> None:
+    assert changes(make(), {"learning_rate": "0.1"}, 2) == []
+    (line,) = changes(make(), {"learning_rate": "0.1"}, 1)
+    assert "2 processes, from here on 1" in line
 
 
 def test_other_settings_are_refused_all_at_once() -> None:

@@ -1,0 +1,89 @@
+"""The text of docs/migrating.md: where the scripts and flags of sd-scripts are here, made from the declarations."""
+
+from library.options.flags import Flag
+from library.options.registry import FLAGS
+
+_HEAD = """# Coming from sd-scripts
+
+Generated from `library/options` by `python tools/write_docs.py`; change it there.
+
+Commands, config files, dataset files and weight files work as they are: only the path of a script may differ. One
+script trains every family; which one a base model is, is read from its file.
+
+## Scripts
+
+| sd-scripts | here |
+|---|---|
+"""
+_SCRIPTS = {
+    "train_network.py, sdxl_train_network.py": "`train_network.py`",
+    "networks/extract_lora_from_dylora.py": "`tools/extract_lora_from_dylora.py`",
+    "tools/cache_latents.py": "`tools/cache_latents.py`",
+    "tools/cache_text_encoder_outputs.py": "`tools/cache_text_encoder_outputs.py`",
+    "tools/detect_face_rotate.py": "`tools/detect_faces.py`, which finds faces and names files for the face crop; it "
+    "doesn't rotate or cut",
+    "finetune/prepare_buckets_latents.py": "not needed: `--cache_latents_to_disk` with a metadata file does it; "
+    "`tools/cache_latents.py` does it beforehand",
+    "train_textual_inversion.py, sdxl_train_textual_inversion.py": "not here yet",
+    "networks/resize_lora.py, merge_lora.py, sdxl_merge_lora.py, extract_lora_from_models.py, svd_merge_lora.py, "
+    "merge_lora_old.py, lora_interrogator.py, check_lora_weights.py, convert_*.py": "not here yet",
+    "tools/convert_diffusers20_original_sd.py, merge_models.py, show_metadata.py, resize_images_to_resolution.py, "
+    "latent_upscaler.py, original_control_net.py": "not here yet",
+    "finetune/make_captions.py, make_captions_by_git.py, tag_images_by_wd14_tagger.py, merge_captions_to_metadata.py, "
+    "merge_dd_tags_to_metadata.py, clean_captions_and_tags.py": "not here yet",
+    "train_db.py, fine_tune.py, sdxl_train.py, train_controlnet.py, sdxl_train_control_net*.py, train_leco.py, "
+    "gen_img.py, sdxl_gen_img.py, *_minimal_inference.py": "not part of this project: it trains networks, not whole "
+    "models, and draws only previews",
+    "flux_*, sd3_*, lumina_*, hunyuan_image_*, anima_*": "not part of this project: Stable Diffusion 1, 2 and "
+    "SDXL only",
+}
+_REST = """
+## What is different on purpose
+
+- `train_network.setup_parser()` exists and returns the argparse parser. Subclassing a trainer class is not supported:
+  there is none; what is trained comes from `--network_module`, which keeps sd-scripts' protocol.
+- Wrong options end a run with exit code 2 before a model is loaded, all of them at once. Misspelt keys of config files,
+  dataset files, `network_args`, `optimizer_args` and `lr_scheduler_args` are errors.
+- A resumed run goes on exactly where it was, with the same pictures, noise and rates. States of sd-scripts can't be
+  resumed; go on from their weights with `--network_weights`, and with `--initial_step` where the curve should go on.
+- Steps are optimizer steps everywhere, whatever the number of processes, warmups included.
+- What sd-scripts draws or scales for a whole batch is drawn and scaled for each sample: the strength of
+  `--noise_offset_random_strength` and `--ip_noise_gamma_random_strength`, pyramid sizes, and the division by the
+  noise's deviation. So a sample's noise doesn't depend on its neighbours.
+- With zero terminal SNR, losses are weighed by the SNR after the rescaling; `--legacy_ztsnr_weights` takes the one
+  before it.
+- `--network_weights` and the network agree on alpha: the file's counts.
+- Latents are the mean of the VAE's distribution, not one draw of it (`--latent_sampling sample` draws anew each time).
+- Cached latents and text outputs know what they were made from; stale ones are made again.
+
+## Flags
+
+*honoured* flags do what they did. *equivalent* ones are accepted with one line, because the result is the same without
+them. *refused* ones end the run with exit code 2.
+"""
+
+
+def migrating_page() -> str:
+    """The whole text of docs/migrating.md."""
+    rows = [f"| {_code(theirs)} | {ours} |" for theirs, ours in _SCRIPTS.items()]
+    parts = [_HEAD + "\n".join(rows) + "\n" + _REST]
+    for kind, title in (("equivalent", "nothing to do"), ("refused", "what to use instead")):
+        found = [flag for flag in FLAGS.values() if flag.kind == kind]
+        parts.append(f"| {kind} | {title} |\n|---|---|\n" + "\n".join(_row(flag) for flag in found) + "\n")
+    values = [flag for flag in FLAGS.values() if flag.refuse]
+    parts.append("| refused values | what to use instead |\n|---|---|\n" + "\n".join(map(_value_rows, values)) + "\n")
+    honoured = ", ".join(f"`{flag.option}`" for flag in FLAGS.values() if flag.kind == "honoured")
+    parts.append(f"All others are honoured, with their meaning in [options.md](options.md): {honoured}.\n")
+    return "\n".join(parts)
+
+
+def _code(names: str) -> str:
+    return ", ".join(f"`{name}`" for name in names.split(", "))
+
+
+def _row(flag: Flag) -> str:
+    return f"| `{flag.option}` | {flag.why} |"
+
+
+def _value_rows(flag: Flag) -> str:
+    return "\n".join(f"| `{flag.option} {value}` | {why} |" for value, why in flag.refuse.items())

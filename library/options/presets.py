@@ -1,0 +1,119 @@
+"""`--preset`: ready settings from library/presets, below a config file and the command line, and the repeats of
+pictures that they compute."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.errors import Problem, nearest
+from library.options.config_file import FromFile, read_config
+from library.options.flags import Flag
+from library.options.registry import FLAGS, Options
+from library.options.specs import DatasetSpec
+from library.options.values import written
+
+FOLDER = Path(__file__).resolve().parents[1] / "presets"
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
+_NOT_SHOWN = ("config_file", "output_config", "preset", "print_command", "dry_run")
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run of a preset is: optimizer steps, and the epochs that they make up."""
+
+    steps: int
+    epochs: int
+
+
+@dataclass
+class Preset:
+    """What the presets of a run say together; `length` is that of the last one that has any."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    length: Length | None = None
+
+    def add_length(self, file: FromFile, where: str) -> None:
+        """The `[preset]` table of a file: how long the run is."""
+        if not file.preset:
+            return
+        wanted = {"steps", "epochs"}
+        values = [file.preset.get(name) for name in ("steps", "epochs")]
+        if set(file.preset) != wanted or not all(type(value) is int and value > 0 for value in values):
+            wrong = "[preset] is no table of steps and epochs"
+            self.problems.append(Problem(where, wrong, "such as steps = 2000 and epochs = 10"))
+            return
+        self.length = Length(*(int(str(value)) for value in values))
+
+
+def names() -> list[str]:
+    """The presets that there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def read_presets(text: str, where: str) -> Preset:
+    """The presets named in `text`, one or several with commas between; a later one wins."""
+    found = Preset()
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        path = FOLDER / f"{name}.toml"
+        if name not in names():
+            advice = nearest(name, names()) or f"there are {', '.join(names())}"
+            found.problems.append(Problem(where, f"there is no preset {name}", advice))
+            continue
+        file = read_config(path)
+        found.problems += file.problems
+        found.values |= file.values
+        found.places |= {key: f"preset {name}: {key}" for key in file.values}
+        found.add_length(file, str(path))
+    return found
+
+
+def repeats(length: Length, once: Sequence[DatasetSpec], twice: Sequence[DatasetSpec]) -> tuple[int, int]:
+    """(repeats, pictures) with which subsets that name no repeats make epochs of the preset's length; (1, 0) where
+    every subset names its own.
+
+    Args:
+        once, twice: the datasets if `--dataset_repeats` is 1 and 2: subsets that differ follow the flag.
+    """
+    following, samples, batch = 0, 0, 1
+    for one, two in zip(once, twice, strict=True):
+        batch = max(batch, one.batch_size)
+        for subset, other in zip(one.subsets, two.subsets, strict=True):
+            count = 0 if subset.is_reg or subset.source != "folder" else _count(subset.image_dir, subset.recursive)
+            if subset.num_repeats != other.num_repeats:
+                following += count
+            else:
+                samples += count * subset.num_repeats
+    wanted = length.steps * batch / length.epochs - samples
+    return (max(1, round(wanted / following)), following) if following else (1, 0)
+
+
+def _count(folder: Path, recursive: bool) -> int:
+    paths = folder.rglob("*") if recursive else folder.iterdir()
+    return sum(path.suffix.lower() in _PICTURES for path in paths)
+
+
+def command(options: Options, script: str = "train_network.py") -> str:
+    """The full command that the options amount to: every flag that was set, wherever; secrets are left out."""
+    lines = [f"accelerate launch {script}"]
+    for name, flag in FLAGS.items():
+        value = options.value(name)
+        if name in options.explicit and name not in _NOT_SHOWN and not flag.secret and value != flag.default:
+            lines.append(_words(flag, value))
+    return " \\\n  ".join(lines)
+
+
+def _words(flag: Flag, value: Any) -> str:
+    """A flag as it is typed; switches are off by default, so that a set one needs no value."""
+    plain = written(value)
+    if flag.shape == "flag":
+        return flag.option
+    if flag.shape == "size" and not flag.many:
+        plain = ",".join(str(side) for side in plain)
+    elif flag.shape == "size":
+        plain = [",".join(str(side) for side in size) for size in plain]
+    items = plain if isinstance(plain, list) else [plain]
+    return f"{flag.option} {' '.join(shlex.quote(str(item)) for item in items)}"

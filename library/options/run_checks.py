@@ -1,0 +1,39 @@
+"""Checks of how long a run is, where it starts, and what ends it."""
+
+from collections.abc import Iterator
+
+from library.errors import Problem
+from library.options.registry import Options
+
+
+def problems(options: Options) -> Iterator[Problem]:
+    """Where a run can't start where it is told to, or nothing of the text encoders would be trained as told."""
+    training, network = options.training, options.network
+    for name in ("initial_step", "initial_epoch"):
+        if options.value(name) is not None and training.resume is not None:
+            wrong = "can't be combined with --resume, which goes on exactly where the state was saved"
+            yield Problem(options.where(name), wrong, "leave out one of the two")
+    stop = training.stop_text_encoder_training
+    if stop == -1 and network.network_train_text_encoder_only:
+        wrong = "-1 leaves the text encoders out, and --network_train_text_encoder_only the rest"
+        yield Problem(options.where("stop_text_encoder_training"), wrong, "leave out one of the two")
+    if stop > 0 and network.network_train_text_encoder_only:
+        wrong = "nothing would be trained after it with --network_train_text_encoder_only"
+        yield Problem(options.where("stop_text_encoder_training"), wrong, "end the run there: --max_train_steps")
+
+
+def notices(options: Options) -> Iterator[str]:
+    """Lines about flags that find nothing to work on."""
+    training = options.training
+    stop = training.stop_text_encoder_training
+    if stop > 0 and options.network.network_train_unet_only:
+        yield f"{options.where('stop_text_encoder_training')}: has no effect with --network_train_unet_only"
+    elif isinstance(stop, int) and training.max_train_epochs is None and stop >= training.max_train_steps:
+        yield f"{options.where('stop_text_encoder_training')}: has no effect, the run ends at or before step {stop}"
+    if training.initial_epoch is not None and training.initial_step is not None:
+        yield f"{options.where('initial_epoch')}: has no effect, because initial_step counts"
+    sampling = options.sampling
+    if sampling.sample_images_per_prompt > 1 and sampling.sample_prompts is None:
+        yield f"{options.where('sample_images_per_prompt')}: has no effect without --sample_prompts"
+    if options.model.offload_during_sampling and sampling.sample_prompts is None:
+        yield f"{options.where('offload_during_sampling')}: has no effect without --sample_prompts"

@@ -1,0 +1,37 @@
+"""`--base_weights`: LoRA files added to the frozen model for good, before whatever network module trains on it.
+
+Whether the files fit is told from their headers before a model is loaded (library.training.start_weights).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from networks.lora import create_network_from_weights
+
+
+def merge_base_weights(
+    unet: Any, text_encoder: Any, files: Sequence[str | Path], strengths: Sequence[float] = ()
+) -> list[str]:
+    """Merge LoRA files into these models, one after the other, in float32; weights keep their dtype and device.
+
+    Call it before a network is made: DoRA takes the weights as they are then, and outputs that were cached of other
+    text encoders don't fit any more.
+
+    Args:
+        text_encoder: a CLIP text model, the list of both of SDXL, or None.
+        strengths: of each file; 1 for those that have none.
+
+    Returns:
+        One line for each file.
+
+    Raises:
+        UserError: a file is no LoRA, or not one of this model.
+    """
+    lines = []
+    for number, file in enumerate(files):
+        strength = strengths[number] if number < len(strengths) else 1.0
+        network, tensors = create_network_from_weights(strength, file, None, text_encoder, unet, for_inference=True)
+        network.merge_to(text_encoder, unet, tensors)
+        lines.append(f"merged {file} into the base model at {strength:g}: {len(network.modules_built)} modules")
+    return lines

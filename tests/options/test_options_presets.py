@@ -1,0 +1,124 @@
+"""Ready settings: what they set, what wins over them, and the repeats and the command that follow from them."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from library.errors import UserError
+from library.options import load_datasets, parse, presets
+from tests.pictures import make_pictures
+
+NEEDED = ("--pretrained_model_name_or_path", "m.safetensors", "--network_module", "networks.lora")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A dataset file with a subset that names no repeats, and one that does."""
+    free = make_pictures(tmp_path / "free", count=5, repeats=1) / "1_thing"
+    named = make_pictures(tmp_path / "named", count=4, repeats=1) / "1_thing"
+    text = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{free}'\n[[datasets.subsets]]\nimage_dir = '{named}'\n"
+    path = tmp_path / "d.toml"
+    path.write_text(text + "num_repeats = 3\n", encoding="utf-8")
+    return path
+
+
+def arguments(config: Path, *more: str) -> list[str]:
+    return [*NEEDED, "--dataset_config", str(config), "--output_dir", str(config.parent / "out"), *more]
+
+
+def test_there_are_the_presets_that_the_docs_name() -> None:
+    kinds = {"character", "style-soft", "style-strong", "low-cost", "competition", "low-memory", "illustrious"}
+    assert kinds | {"quickstart"} == set(presets.names())
+
+
+@pytest.mark.parametrize("name", [name for name in presets.names() if name != "quickstart"])
+def test_a_preset_is_valid_and_says_nothing_without_effect(name: str, config: Path) -> None:
+    options = parse(arguments(config, "--preset", name, "--resolution", "512"))
+    assert not [line for line in options.notices if "no effect" in line]
+
+
+def test_numbers_of_the_field(config: Path) -> None:
+    character = parse(arguments(config, "--preset", "character", "--resolution", "512"))
+    rates = character.optimizer
+    assert rates.unet_lr == 1e-4 and rates.text_encoder_lr == (1e-5,) and rates.lr_scheduler_num_cycles == 3
+    assert character.network.network_alpha * 2 == character.network.network_dim == 32
+    assert not character.dataset.flip_aug and character.dataset.keep_tokens == 1
+    soft = parse(arguments(config, "--preset", "style-soft", "--resolution", "512"))
+    strong = parse(arguments(config, "--preset", "style-strong", "--resolution", "512"))
+    assert soft.network.network_train_unet_only and not strong.network.network_train_unet_only
+    assert soft.loss.min_snr_gamma == 20 and strong.loss.min_snr_gamma == 3
+    assert soft.dataset.flip_aug and strong.loss.multires_noise_iterations == 10
+
+
+def test_files_and_flags_win_and_later_presets_win(config: Path, tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("network_dim = 8\nmin_snr_gamma = 1\n", encoding="utf-8")
+    words = (
+        "--preset",
+        "character,low-memory",
+        "--config_file",
+        str(file),
+        "--network_dim",
+        "4",
+        "--resolution",
+        "512",
+    )
+    options = parse(arguments(config, *words))
+    assert options.network.network_dim == 4 and options.loss.min_snr_gamma == 1
+    assert options.dataset.train_batch_size == 1 and options.optimizer.unet_lr == 1e-4
+    assert options.where("unet_lr") == "preset character: unet_lr"
+
+
+def test_repeats_make_epochs_of_the_presets_length(config: Path) -> None:
+    """2000 steps of 2 in 10 epochs are 400 samples an epoch: 4 x 3 are there, 5 pictures make up the rest."""
+    options = parse(arguments(config, "--preset", "character", "--resolution", "512"))
+    assert options.training.max_train_steps == 2000
+    assert [subset.num_repeats for subset in load_datasets(options)[0].subsets] == [round((400 - 12) / 5), 3]
+    (line,) = [line for line in options.notices if "--dataset_repeats" in line]
+    assert "78 for 5 pictures" in line
+
+
+def test_repeats_and_steps_that_were_given_stay(config: Path) -> None:
+    words = ("--preset", "character", "--resolution", "512", "--dataset_repeats", "2", "--max_train_epochs", "3")
+    options = parse(arguments(config, *words))
+    assert options.dataset.dataset_repeats == 2 and options.training.max_train_epochs == 3
+    assert "max_train_steps" not in options.explicit
+
+
+def test_a_copy_of_a_preset_works_as_config_file(config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "mine.toml"
+    copy.write_text((presets.FOLDER / "character.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    by_file = parse(arguments(config, "--config_file", str(copy), "--resolution", "512"))
+    by_name = parse(arguments(config, "--preset", "character", "--resolution", "512"))
+    assert {**by_file.effective(), "config_file": None} == {**by_name.effective(), "preset": None}
+
+
+def test_a_wrong_name_and_a_wrong_table_are_told(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no preset charakter; did you mean character"):
+        parse(arguments(config, "--preset", "charakter"))
+    file = tmp_path / "c.toml"
+    file.write_text("[preset]\nsteps = 0\nepochs = 2\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"\[preset\] is no table of steps and epochs"):
+        parse(arguments(config, "--config_file", str(file)))
+
+
+def test_the_printed_command_gives_the_same_options(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(
+        'metadata_title = "it\'s mine"\nhuggingface_token = "hidden"\nmore_resolutions = [[640, 384], [768, 768]]\n'
+        "stop_text_encoder_training = -1\n",
+        encoding="utf-8",
+    )
+    words = ("--preset", "character,low-memory", "--config_file", str(file), "--resolution", "512,640")
+    with pytest.raises(SystemExit) as end:
+        parse(arguments(config, *words, "--print_command"))
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert "hidden" not in shown
+    printed = shlex.split(shown.replace("\\\n", " "))
+    assert printed[:3] == ["accelerate", "launch", "train_network.py"]
+    again, before = parse(printed[3:]).effective(), parse(arguments(config, *words)).effective()
+    assert {**again, "preset": None, "config_file": None} == {**before, "preset": None, "config_file": None}

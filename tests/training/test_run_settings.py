@@ -1,0 +1,108 @@
+"""Which flags a resumed run must share: every one is classified, and each kind is seen to work."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from library.options import parse
+from library.options.registry import FLAGS
+from library.training.prepare import prepare
+from library.training.run_settings import CLASSIFIED, IRRELEVANT, MAY_CHANGE, MUST_BE_EQUAL, TOTAL
+from tests.pictures import make_pictures
+
+KINDS = {"must be equal": set(MUST_BE_EQUAL), "may change": set(MAY_CHANGE), "irrelevant": set(IRRELEVANT)}
+
+
+def test_every_honoured_flag_of_the_training_is_of_exactly_one_kind() -> None:
+    wanted = {flag.name for flag in FLAGS.values() if flag.group in CLASSIFIED and flag.kind == "honoured"}
+    counts = {name: [kind for kind, names in KINDS.items() if name in names] for name in wanted}
+    assert {name: kinds for name, kinds in counts.items() if len(kinds) != 1} == {}
+    assert set().union(*KINDS.values()) == wanted
+
+
+def test_groups_that_are_not_classified_are_those_of_files_and_messages() -> None:
+    groups = {flag.group for flag in FLAGS.values()}
+    assert groups - set(CLASSIFIED) == {"config", "output", "sampling", "logging", "hub", "processes"}
+
+
+@pytest.fixture
+def settings(tiny_sd1: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, str], dict[str, str]]]:
+    """Settings of a run with more flags: those that must be equal, and those that may change."""
+    make_pictures(tmp_path / "pictures", count=3)
+
+    def make(*more: str) -> tuple[dict[str, str], dict[str, str]]:
+        common = ["--pretrained_model_name_or_path", str(tiny_sd1), "--train_data_dir", str(tmp_path / "pictures")]
+        common += ["--output_dir", str(tmp_path), "--network_module", "networks.lora", "--resolution", "64"]
+        prepared = prepare(parse([*common, "--seed", "1", "--caption_extension", ".txt", *more]))
+        return prepared.settings, prepared.may_change
+
+    return make
+
+
+def test_every_setting_stands_for_a_flag(settings: Callable[..., tuple[dict[str, str], dict[str, str]]]) -> None:
+    found, _ = settings()
+    assert set(MUST_BE_EQUAL.values()) - {TOTAL} == found.keys() - {"pictures"}
+
+
+@pytest.mark.parametrize(
+    ("line", "setting"),
+    [
+        ("--network_dim 8", "network"),
+        ("--network_args conv_dim=4", "network"),
+        ("--network_train_unet_only", "network"),
+        ("--text_encoder_lr 0", "network"),
+        ("--optimizer_type Lion", "optimizer"),
+        ("--optimizer_args weight_decay=0.5", "optimizer"),
+        ("--mixed_precision bf16", "precision"),
+        ("--mixed_precision bf16 --full_bf16", "precision"),
+        ("--train_batch_size 3", "batch size over all processes"),
+        ("--gradient_accumulation_steps 2", "gradient_accumulation_steps"),
+        ("--lr_scheduler_type StepLR --lr_scheduler_args step_size=2", "lr_scheduler_type"),
+        ("--zero_terminal_snr", "zero terminal SNR"),
+        ("--latent_sampling sample", "latent_sampling"),
+        ("--flip_aug", "data"),
+        ("--seed 2", "seed"),
+    ],
+)
+def test_what_would_make_another_run_changes_a_setting(
+    settings: Callable[..., tuple[dict[str, str], dict[str, str]]], line: str, setting: str
+) -> None:
+    first, _ = settings()
+    second, _ = settings(*line.split())
+    assert first[setting] != second[setting]
+
+
+@pytest.mark.parametrize(
+    "line", ["--learning_rate 1e-3", "--lr_scheduler cosine", "--noise_offset 0.1", "--loss_type l1", "--clip_skip 2"]
+)
+def test_what_may_change_changes_only_its_line(
+    settings: Callable[..., tuple[dict[str, str], dict[str, str]]], line: str
+) -> None:
+    first, lines = settings()
+    second, others = settings(*line.split())
+    assert first == second
+    name, value = line.removeprefix("--").split()
+    assert {key for key in lines if lines[key] != others[key]} == {name}
+    assert others[name] == str(type(FLAGS[name].default or 0.0)(value)) or others[name] == value
+
+
+def test_the_order_of_arguments_and_what_changes_nothing_are_left_out(
+    settings: Callable[..., tuple[dict[str, str], dict[str, str]]],
+) -> None:
+    first = settings("--network_args", "conv_dim=4", "conv_alpha=2", "--optimizer_args", "eps=1e-6", "weight_decay=0")
+    second = settings(
+        *("--network_args", "conv_alpha=2", "conv_dim=4", "--optimizer_args", "weight_decay=0", "eps=1e-6"),
+        *(
+            "--cache_latents",
+            "--max_data_loader_n_workers",
+            "0",
+            "--gradient_checkpointing",
+            "--save_every_n_steps",
+            "2",
+        ),
+    )
+    assert first == second
+    kept = ("--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_size=2")
+    assert settings(*kept)[0] != settings(*kept, "--learning_rate", "1e-3")[0]
+    assert settings("--use_8bit_adam")[0] == settings("--optimizer_type", "AdamW8bit")[0]

@@ -1,0 +1,152 @@
+"""Cut a file of a DyLoRA to lower ranks: one file for each multiple of the unit below its own rank.
+
+    python tools/extract_lora_from_dylora.py --model trained.safetensors --save_to cut.safetensors --unit 4
+
+writes `cut-0004.safetensors`, `cut-0008.safetensors` and so on. Each is a plain LoRA that computes what the training
+computed with so many ranks: as that divides by the square root of the ranks in use (networks.dylora), alpha becomes
+alpha * sqrt(new rank / rank). LyCORIS' training divides by the ranks themselves, so its alphas stay.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from networks.lora_file import FileModule
+
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
+LYCORIS = "lycoris.kohya"
+_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--model", type=Path, required=True, metavar="FILE", help="the DyLoRA's file")
+    found.add_argument(
+        "--save_to", type=Path, required=True, metavar="FILE", help="name of the new files, without their rank"
+    )
+    found.add_argument(
+        "--unit", type=int, metavar="RANKS", help="step between ranks (default: the unit it was trained with, or 1)"
+    )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after one line that says what is wrong with the input."""
+    arguments = parser().parse_args(argv)
+    sys.path.insert(0, str(ROOT))
+    from library.console import complain
+    from library.errors import UserError
+
+    try:
+        extract(arguments.model, arguments.save_to, arguments.unit)
+    except UserError as fault:
+        return complain(fault)
+    return 0
+
+
+def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
+    """Write the files, each whole or not at all, and return them.
+
+    Raises:
+        UserError: `model` is no plain LoRA, or there is no multiple of `unit` below its rank.
+    """
+    from library.console import say
+    from library.errors import UserError
+    from library.weights.files import read_metadata, read_tensors
+    from library.weights.save import save_lora
+    from networks.lora_file import group
+
+    if save_to.suffix not in ENDINGS:
+        raise UserError.single(f"--save_to {save_to}", "has no known ending", f"use {' or '.join(ENDINGS)}")
+    modules = group(read_tensors(model), model)
+    metadata = read_metadata(model) if model.suffix == ".safetensors" else {}
+    if any(module.dora_scale is not None for module in modules.values()):
+        raise UserError.single(str(model), "is a DoRA", "give a file that networks.dylora trained")
+    if not modules:
+        raise UserError.single(str(model), "holds no LoRA", "give a file that networks.dylora trained")
+    rank = max(module.down.shape[0] for module in modules.values())
+    step = trained_unit(metadata) if unit is None else unit
+    if not 0 < step < rank:
+        raise UserError.single("--unit", f"{step} is not from 1 to below the file's rank {rank}", "use a smaller unit")
+    scaled = metadata.get("ss_network_module") != LYCORIS
+    written = []
+    for kept in range(step, rank, step):
+        path = save_to.with_name(f"{save_to.stem}-{kept:04d}{save_to.suffix}")
+        save_lora(dict(cut(modules, kept, scaled=scaled)), path, cut_metadata(metadata, rank, kept, scaled=scaled))
+        say(f"rank {kept} of {rank}: {path}")
+        written.append(path)
+    return written
+
+
+def cut(modules: "Mapping[str, FileModule]", kept: int, *, scaled: bool) -> "Iterator[tuple[str, Tensor]]":
+    """Key and tensor of a file with the first `kept` ranks of every module; a module that has fewer stays whole.
+
+    `scaled`: alphas follow the square root of the share of ranks that stay.
+    """
+    import torch
+
+    for name, module in modules.items():
+        rank = int(module.down.shape[0])
+        left = min(kept, rank)
+        yield f"{name}.lora_down.weight", module.down[:left].clone()
+        yield f"{name}.lora_up.weight", module.up[:, :left].contiguous()
+        yield f"{name}.alpha", torch.tensor(module.alpha * share(left, rank, scaled=scaled), dtype=torch.float32)
+
+
+def share(kept: int, rank: int, *, scaled: bool) -> float:
+    """What alpha is multiplied by."""
+    return (kept / rank) ** 0.5 if scaled else 1.0
+
+
+def cut_metadata(metadata: Mapping[str, str], rank: int, kept: int, *, scaled: bool) -> dict[str, str]:
+    """The file's metadata with the new rank and alpha; hashes of the old file are left out."""
+    found = {key: value for key, value in metadata.items() if key not in _STALE}
+    factor = share(kept, rank, scaled=scaled)
+    comment = found.get("ss_training_comment", "None")
+    tail = "" if comment == "None" else f"; {comment}"
+    found["ss_training_comment"] = f"split from DyLoRA, rank {rank} to {kept}{tail}"
+    found["ss_network_dim"] = str(kept)
+    if (alpha := _number(found.get("ss_network_alpha"))) is not None:
+        found["ss_network_alpha"] = str((alpha or rank) * factor)
+    arguments = network_args(found)
+    if arguments:
+        if _number(arguments.get("conv_dim")):
+            arguments["conv_dim"] = str(kept)
+            arguments["conv_alpha"] = str((_number(arguments.get("conv_alpha", 1)) or rank) * factor)
+        found["ss_network_args"] = json.dumps(arguments)
+    return found
+
+
+def trained_unit(metadata: Mapping[str, str]) -> int:
+    """How many ranks the training took at a time, as far as the file tells; else 1."""
+    arguments = network_args(metadata)
+    unit = _number(arguments.get("unit", arguments.get("block_size", 1)))
+    return int(unit) if unit and unit >= 1 else 1
+
+
+def network_args(metadata: Mapping[str, str]) -> dict[str, object]:
+    """`ss_network_args` as a dictionary; empty where the file has none that can be read."""
+    try:
+        found = json.loads(metadata.get("ss_network_args", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _number(text: object) -> float | None:
+    try:
+        return float(str(text))
+    except ValueError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
