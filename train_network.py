@@ -37,8 +37,7 @@ def _run(arguments: Sequence[str]) -> int:
             console.write_to(Path(options.config.console_log_file))
         prepared = prepare(options)
         prediction = predict_memory(prepared)
-        shows = options.config.dry_run or options.dataset.debug_dataset
-        if not shows and not options.training.ignore_memory_check:
+        if not (options.config.dry_run or options.dataset.debug_dataset or options.training.ignore_memory_check):
             check_available(prediction)
     except UserError as error:
         return console.complain(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
@@ -48,6 +47,8 @@ def _run(arguments: Sequence[str]) -> int:
         from library.training.dry_run import show
 
         show(prepared, prediction)
+        if not options.training.ignore_memory_check:
+            check_available(prediction)
         return 0
     if options.dataset.debug_dataset:
         from library.training.dry_run import write_samples

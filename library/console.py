@@ -5,6 +5,7 @@ With `write_to`, lines go to a file instead, each with its time; errors go to bo
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import time
@@ -101,7 +102,11 @@ class _Lasting:
 
 
 def prepare_streams() -> None:
-    """Make sure that writing a message can't end a run: closed streams go nowhere, what can't be encoded becomes ?."""
+    """Make sure that writing a message can't end a run: closed streams go nowhere, what can't be encoded becomes ?.
+
+    bitsandbytes, which diffusers imports wherever it is installed, warns on CPUs of what nobody here needs.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

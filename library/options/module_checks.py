@@ -58,6 +58,11 @@ def _of_oft(options: Options) -> Iterator[Problem]:
         yield Problem(options.where("network_alpha"), wrong, "use a small number such as 1e-3")
     if network.network_dropout:
         yield Problem(options.where("network_dropout"), f"{_OFT} has no dropout", "leave it out")
+    if network.scale_weight_norms is not None:
+        wrong = f"{_OFT} turns weights and adds nothing whose norm could be bounded"
+        yield Problem(
+            options.where("scale_weight_norms"), wrong, "leave it out: --network_alpha bounds how far it turns"
+        )
     if any(options.optimizer.text_encoder_lr or ()):
         yield Problem(options.where("text_encoder_lr"), f"{_OFT} trains the U-Net only", "leave it out")
     if network.network_train_text_encoder_only:

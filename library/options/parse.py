@@ -54,7 +54,8 @@ def parse(argv: Sequence[str], needs: Sequence[str] = tuple(checks.NEEDS)) -> Op
     if options.config.print_command and not problems:
         print(presets.command(options))
         raise SystemExit(0)
-    lines = tuple(dict.fromkeys([*notices, *found.notices, *datasets.notices]))
+    told = dict.fromkeys([*notices, *found.notices, *datasets.notices])
+    lines = tuple(line for line in told if not line.startswith("preset "))
     if problems:
         raise UserError(dict.fromkeys(problems), lines)
     return options.model_copy(update={"notices": lines})

@@ -4,7 +4,7 @@ starts or goes on. What is loaded before, and what is said after it, stands in l
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from library.data.custom import CustomPlan
 from library.data.custom_loader import CustomLoader
 from library.data.loader import Loader
 from library.data.plan import Plan
+from library.models.compiling import CompileTimes
 from library.models.model import Model
 from library.models.offload import optimizer_tensors, set_aside
 from library.models.schedule import alphas_cumprod
@@ -45,7 +46,7 @@ from library.training.saving import Saver
 from library.training.schedules import schedule_settings
 from library.training.state import RunState, load_tensors
 from library.training.steps import Save
-from library.training.tracking import LossAverage, Tracker
+from library.training.tracking import LossAverage, NoTracker, Tracker
 from library.training.trainable import NetworkTrainable
 from library.training.uploads import Uploader
 from library.training.validation import Validation, ValidationResult
@@ -78,8 +79,9 @@ class Surroundings:
     phases: Phases
     hashes: BackgroundHashes
     interrupt: Interrupt
-    tracker: Tracker
-    uploader: Uploader | None
+    tracker: Tracker = field(default_factory=NoTracker)
+    uploader: Uploader | None = None
+    compiling: CompileTimes | None = None
 
 
 def assemble(
@@ -168,6 +170,7 @@ def assemble(
         watch,
         learner.evaluating,
         saved,
+        around.compiling.news if around.compiling else None,
     )
     loop = Loop(
         _loop_settings(prepared),
@@ -322,7 +325,7 @@ def _preview(
         epoch = -(-updates_done // clock.updates_per_epoch) if by_epoch and updates_done else None
         aside = optimizer_tensors(learner.built.optimizer) if offload else ()
         with around.phases.phase("previews"), set_aside(aside, model.device):
-            writer.draw(updates_done, epoch)
+            around.tracker.show(writer.draw(updates_done, epoch), updates_done)
             if not keep_vae:
                 model.release_vae()
 

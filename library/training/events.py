@@ -27,6 +27,7 @@ class Events:
         save: writes (called on the main process only), with the updates done.
         preview: draws (None on other processes, or without prompts).
         validate: the loss on held-out pictures; every process calls it.
+        news: a line to say after an update, if there is one; None for never.
         saved: (updates done, stem) of each file so far.
         evaluating: a context in which the weights are those that a file would hold.
     """
@@ -45,6 +46,7 @@ class Events:
     watch: Watch
     evaluating: Callable[[], AbstractContextManager[None]]
     saved: list[tuple[int, str]] = field(default_factory=list)
+    news: Callable[[], str | None] | None = None
 
     def are_due(self, updates_done: int) -> bool:
         """Whether anything but logging follows this update."""
@@ -56,6 +58,8 @@ class Events:
 
     def log(self, update: int, loss: float, rates: Mapping[str, float], more: Mapping[str, float]) -> None:
         """The numbers of one update, and at an epoch's end its average."""
+        if self.news and (line := self.news()):
+            say(line)
         average = self.average.add(update, loss)
         self.watch.trained(update, loss)
         smoothed = {"loss/smoothed": self.watch.smoothed}

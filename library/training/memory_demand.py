@@ -28,7 +28,7 @@ Device = Literal["cpu", "cuda"]
 
 _ITEMS = {"no": 4, "fp16": 2, "bf16": 2}
 _FOREIGN_DIM = 4
-_WHOLE_WEIGHTS = {"no": 4.0, "fp16": 4.6, "bf16": 4.6}
+_WHOLE_WEIGHTS = {"no": 4.0, "fp16": 5.0, "bf16": 5.0}
 """Bytes that a network which remakes weights keeps for each number of them (measured with LyCORIS' LoRA)."""
 STATE_BYTES: Mapping[str, float] = {
     **dict.fromkeys(("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "Adadelta", "Rprop", "PagedAdamW"), 8),

@@ -44,18 +44,25 @@ class PreviewWriter:
     told_to_stop: Callable[[], bool]
     count: int = 1
 
-    def draw(self, updates_done: int, epoch: int | None) -> None:
-        """Draw every prompt, unless told to stop. Files are named by `epoch` (from 1), or without one by the step."""
+    def draw(self, updates_done: int, epoch: int | None) -> dict[str, Path]:
+        """Draw every prompt, unless told to stop. Files are named by `epoch` (from 1), or without one by the step.
+
+        Returns the files by the names that trackers show: `sample_<prompt>`, and with several of each prompt
+        `sample_<prompt>_<number>`.
+        """
         from library.data.sheet import write_png
 
         self.folder.mkdir(parents=True, exist_ok=True)
         tag = f"{updates_done:06d}" if epoch is None else f"e{epoch:06d}"
         total = len(self.prompts) * self.count
+        drawn: dict[str, Path] = {}
         for index, seed, image in track(self._images(), f"previews at step {updates_done}", total):
-            stem = f"{tag}_{index:02d}_{time.strftime(_STAMP)}_{seed}"
-            write_png(image, self.folder / f"{self._prefix}{stem}.png")
+            path = self.folder / f"{self._prefix}{tag}_{index:02d}_{time.strftime(_STAMP)}_{seed}.png"
+            write_png(image, path)
+            drawn[f"sample_{index}" + (f"_{len(drawn) % self.count}" if self.count > 1 else "")] = path
         if not self.told_to_stop():
             self._write_sheet()
+        return drawn
 
     def _images(self) -> "Iterator[tuple[int, int, Image]]":
         """The number of the prompt, the seed and the picture, until told to stop."""

@@ -5,7 +5,10 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from library.console import error, say, warn
 from library.data.caches.latents import LatentStore
@@ -20,8 +23,8 @@ from library.training.interrupt import Interrupt
 from library.training.launcher import missing_processes, under_launcher
 from library.training.loading import load_model
 from library.training.loop import Loop, NonFiniteLossError
-from library.training.memory_plan import Prediction
-from library.training.out_of_memory import NotEnoughMemoryError, explained
+from library.training.memory_plan import Prediction, on_device
+from library.training.out_of_memory import NotEnoughMemoryError, explained, shortage
 from library.training.phases import Phases
 from library.training.precision import compile_model, settle_model
 from library.training.prepare import Prepared
@@ -52,27 +55,26 @@ def train(
         UserError: what could be known only with the model or the device at hand.
     """
     try:
+        with phases.phase("start"):
+            processes = join_processes(prepared.options.processes.ddp_timeout)
+        prediction = on_device(prediction, "cuda" if processes.device.type == "cuda" else "cpu")
         with explained(phases, prediction):
-            return _train(prepared, argv, hashes, interrupt, phases, prediction)
+            return _train(prepared, argv, Surroundings(processes, phases, hashes, interrupt), prediction)
     except (NotEnoughMemoryError, LostProcessError) as fault:
         error(str(fault))
         return 1
 
 
-def _train(
-    prepared: Prepared,
-    argv: Sequence[str],
-    hashes: BackgroundHashes,
-    interrupt: Interrupt,
-    phases: Phases,
-    prediction: Prediction,
-) -> int:
-    with phases.phase("start"):
-        processes = join_processes(prepared.options.processes.ddp_timeout)
-        if line := missing_processes():
-            warn(line)
-        tracker, uploader = _outside(prepared, processes)
-    around = Surroundings(processes, phases, hashes, interrupt, tracker, uploader)
+def _train(prepared: Prepared, argv: Sequence[str], around: Surroundings, prediction: Prediction) -> int:
+    device = around.processes.device
+    told = [missing_processes()]
+    if device.type == "cuda":
+        told.append(shortage(prediction, torch.cuda.mem_get_info(device)[0]))
+    for line in filter(None, told):
+        warn(line)
+    with around.phases.phase("start"):
+        tracker, uploader = _outside(prepared, around.processes)
+    around = replace(around, tracker=tracker, uploader=uploader)
     try:
         loop, saver = _set_up(prepared, around)
         return _run(loop, saver, argv, around, prediction)
@@ -134,7 +136,7 @@ def _set_up(prepared: Prepared, around: Surroundings) -> tuple[Loop, Saver]:
             trainable.release_text_encoder()
             model.release_text_encoders()
     with phases.phase("network"):
-        compile_model(options, model)
+        around = replace(around, compiling=compile_model(options, model))
         return assemble(prepared, model, encode, trainable, latents, around)
 
 

@@ -43,6 +43,7 @@ def test_dylora_needs_ranks_that_fit(args: tuple[str, ...], flags: dict[str, Any
         ({"network_alpha": 0.0}, ["--network_alpha"]),
         ({"network_alpha": 0.0, "dim_from_weights": True}, []),
         ({"network_dropout": 0.1}, ["--network_dropout"]),
+        ({"scale_weight_norms": 1.0}, ["--scale_weight_norms"]),
         ({"text_encoder_lr": (1e-5,)}, ["--text_encoder_lr"]),
         ({"text_encoder_lr": (0.0,)}, []),
         ({"network_train_text_encoder_only": True}, ["--network_train_text_encoder_only"]),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from library.models.load import load as load_everything
+from library.options import Options
 from library.training import loading
 from tests.pictures import make_pictures
 
@@ -67,16 +68,8 @@ def test_precision_of_the_vae(
     asked: dict[str, Any] = {}
     monkeypatch.setattr(loading, "load", lambda info, **more: asked.update(more))
     precision = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    options = SimpleNamespace(
-        model=SimpleNamespace(
-            no_half_vae=no_half_vae,
-            clip_skip=None,
-            max_token_length=None,
-            mixed_precision=precision,
-            deterministic=False,
-        ),
-        dataset=SimpleNamespace(weighted_captions=False),
-    )
+    flags = Options().model.model_copy(update={"no_half_vae": no_half_vae, "mixed_precision": precision})
+    options = Options().model_copy(update={"model": flags})
     processes = SimpleNamespace(device=SimpleNamespace(type="cuda"))
-    loading.load_model(cast(Any, options), cast(Any, SimpleNamespace(vae_fragile=fragile)), cast(Any, processes))
+    loading.load_model(options, cast(Any, SimpleNamespace(vae_fragile=fragile)), cast(Any, processes))
     assert asked["vae_dtype"] == expected
