@@ -35,5 +35,3 @@ def notices(options: Options) -> Iterator[str]:
     sampling = options.sampling
     if sampling.sample_images_per_prompt > 1 and sampling.sample_prompts is None:
         yield f"{options.where('sample_images_per_prompt')}: has no effect without --sample_prompts"
-    if options.model.offload_during_sampling and sampling.sample_prompts is None:
-        yield f"{options.where('offload_during_sampling')}: has no effect without --sample_prompts"

@@ -85,7 +85,12 @@ class _Made:
 
 
 class Loop:
-    """State of a run that lives from update to update; `run` goes on until the end or until told to stop."""
+    """State of a run that lives from update to update; `run` goes on until the end or until told to stop.
+
+    Attributes:
+        stopped, stopped_early: why `run` returned before the last step: told to, or nothing was to be gained.
+        is_whole: weights and optimizer are those after `updates_done` updates, not in the middle of one.
+    """
 
     def __init__(
         self,
@@ -103,6 +108,7 @@ class Loop:
         self.processes, self.interrupt, self.requests = denoising.processes, interrupt, requests
         self.updates_done = updates_done
         self.stopped = self.stopped_early = False
+        self.is_whole = True
         self._exit_code = 0
         self._save_wanted = False
         self._parameters = learner.rounded.masters if learner.rounded else self.trainable.parameters()
@@ -119,8 +125,9 @@ class Loop:
         self.interrupt.defer()
         if self.updates_done == 0:
             self.events.draw(0)
-        if not self.events.has_looked(self.updates_done):
-            self.events.look(self.updates_done)
+        if not self.events.has_looked(self.updates_done) and self.events.look(self.updates_done):
+            self._stop_early()
+            self.events.save_all([self.events.saves.at_end()], self.updates_done)
         with bar("steps", clock.total_updates, self.updates_done) as progress:
             while self.updates_done < clock.total_updates and not self.stopped:
                 epoch, index = clock.position(self.updates_done)
@@ -172,6 +179,7 @@ class Loop:
         values["norm/avg_grad_norm"] = self._clip(group)
         if settings.log_norms:
             values |= self.trainable.block_norms("gradient")
+        self.is_whole = False
         self.scaler.step(learner.built.optimizer)
         self.scaler.update()
         learner.built.optimizer.zero_grad(set_to_none=True)
@@ -183,6 +191,7 @@ class Loop:
         if settings.log_norms:
             values |= self.trainable.block_norms("weight")
         self.updates_done += 1
+        self.is_whole = True
         self._readings.put(self.updates_done, values, _Made(tuple(group), self._rates()))
 
     def _micro_step(self, batch: Batch, group_size: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from library.training.launcher import missing_processes, under_launcher
 from library.training.loading import load_model
 from library.training.loop import Loop, NonFiniteLossError
 from library.training.memory_plan import Prediction, on_device
-from library.training.out_of_memory import NotEnoughMemoryError, explained, shortage
+from library.training.out_of_memory import NotEnoughMemoryError, explained, is_out_of_memory, shortage
 from library.training.phases import Phases
 from library.training.precision import compile_model, settle_model
 from library.training.prepare import Prepared
@@ -173,14 +173,28 @@ def _run(loop: Loop, saver: Saver, argv: Sequence[str], around: Surroundings, pr
         error(str(fault))
         return 1
     except LostProcessError:
-        if around.processes.is_main and loop.updates_done > first:
-            loop.events.save_all([loop.events.saves.on_stop(loop.updates_done)], loop.updates_done)
+        _rescue(loop, first)
+        raise
+    except (MemoryError, RuntimeError) as fault:
+        if is_out_of_memory(fault):
+            _rescue(loop, first)
         raise
     finally:
         loop.loader.close()
     if around.processes.is_main:
         _tell_end(loop, saver, argv, first, around.phases, prediction)
     return exit_code
+
+
+def _rescue(loop: Loop, first: int) -> None:
+    """Save what was trained, as after a stop, where the run can't go on but its weights are whole."""
+    done = loop.updates_done
+    if not loop.is_whole or done <= first:
+        return
+    try:
+        loop.events.save_all([loop.events.saves.on_stop(done)], done)
+    except (MemoryError, RuntimeError, OSError, BadWeightsError) as fault:
+        warn(f"the work up to step {done} could not be saved: {fault}")
 
 
 def _tell_end(

@@ -29,7 +29,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(model: Path, pictures: Path, output: Path, *more: object) -> list[str]:
     return [
-        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(pictures), "--output_dir", str(output)),
+        *(
+            "--pretrained_model_name_or_path",
+            str(model),
+            "--train_data_dir",
+            str(pictures),
+            "--output_dir",
+            str(output),
+        ),
         *("--output_name", "run", "--network_module", "networks.lora", "--network_dim", "2", "--resolution", "64"),
         *("--caption_extension", ".txt", "--cache_latents", "--train_batch_size", "2", "--learning_rate", "1e-2"),
         *("--seed", "5", "--max_data_loader_n_workers", "0", *map(str, more)),
@@ -52,7 +59,14 @@ def logged(output: Path, name: str) -> dict[int, float]:
     return {line["step"]: line[name] for line in lines(output) if name in line}
 
 
-RISING = ("--learning_rate", "1e-2", "--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules=1:6,100")
+RISING = (
+    "--learning_rate",
+    "1e-2",
+    "--lr_scheduler",
+    "piecewise_constant",
+    "--lr_scheduler_args",
+    "step_rules=1:6,100",
+)
 """Six steps that teach, and then ones that are far too long."""
 
 
@@ -133,9 +147,7 @@ def test_the_best_weights_are_kept(tiny_sd1: Path, pictures: Path, tmp_path: Pat
         assert file.metadata()["ss_steps"] == str(best)
 
 
-def test_an_early_stop(
-    tiny_sd1: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_early_stop(tiny_sd1: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--validation_split", "0.34", "--validate_every_n_steps", "2", "--save_every_n_steps", "2", "--save_state")
     command = arguments(tiny_sd1, pictures, tmp_path, *flags, "--max_train_steps", "14", *RISING)
     assert main([*command, "--early_stopping_patience", "2"]) == 0
@@ -266,12 +278,9 @@ def read(text: str) -> Any:
             return text
 
 
-START = {"steps": ("--initial_step", "9"), "epochs": ("--initial_epoch", "3")}
-
-
 @pytest.fixture(scope="module")
 def unlearned(tiny_sd1: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run of 2 1/2 epochs whose rates are too small to change a loss, which then tells pictures, noise and timestep."""
+    """A run of 2 1/2 epochs whose rates are too small to change a loss: that tells pictures, noise and timestep."""
     output = tmp_path_factory.mktemp("unlearned")
     assert main(arguments(tiny_sd1, pictures, output, *TINY_RATES)) == 0
     yield output

@@ -1,4 +1,4 @@
-"""No honoured flag is without an observed effect, and every flag of sd-scripts' trainers is of one of the three kinds."""
+"""No honoured flag is without an observed effect, and every flag of sd-scripts' trainers is of one of three kinds."""
 
 import csv
 import importlib

@@ -18,12 +18,14 @@ from PIL import Image
 
 from library.conditioning import Conditioning
 from library.data.loader import Batch, Loader
+from library.data.pixels import decoded
 from library.models.model import Model
+from library.models.sd1 import SD1
+from library.training.objective import Objective
 from tests.flags.effects import Runs, observes, same
 
 STILL = ("--learning_rate", "1e-12", "--network_train_unet_only")
-EIGHT = (*STILL, "--max_train_epochs", "1")
-TEXT = (*STILL, "--max_train_epochs", "1", "--max_token_length", "75")
+EPOCH = (*STILL, "--max_train_epochs", "1")
 
 
 @dataclass
@@ -40,13 +42,13 @@ class Work:
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     """Runs are watched while this is in use."""
     seen = Work()
-    images, prompts, predict, make = Model.encode_images, Model.encode_prompts, Model.predict, Loader._make
+    images, prompts, make = Model.encode_images, SD1.encode_prompts, Loader._make
 
     def watched_images(self: Model, pixels: torch.Tensor, *, moments: bool = False) -> torch.Tensor:
         seen.pictures.append(len(pixels))
         return images(self, pixels, moments=moments)
 
-    def watched_prompts(self: Model, captions: Sequence[str]) -> Conditioning:
+    def watched_prompts(self: SD1, captions: Sequence[str]) -> Conditioning:
         seen.texts.append(len(captions))
         return prompts(self, captions)
 
@@ -57,37 +59,40 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         return batch
 
     monkeypatch.setattr(Model, "encode_images", watched_images)
-    monkeypatch.setattr(Model, "encode_prompts", watched_prompts)
-    monkeypatch.setattr(Model, "predict", predict)
+    monkeypatch.setattr(SD1, "encode_prompts", watched_prompts)
     monkeypatch.setattr(Loader, "_make", watched_make)
     return seen
 
 
 @pytest.fixture
 def pictures(runs: Runs, tmp_path: Path) -> Path:
-    """A copy of the usual pictures, to be written to: `1_thing` with four of them."""
-    shutil.copytree(runs.root / "pictures" / "2_thing", tmp_path / "data" / "2_thing")
-    return tmp_path / "data" / "2_thing"
+    """Copies of two of the usual pictures, to be written to: four steps an epoch."""
+    folder = tmp_path / "data" / "2_thing"
+    folder.mkdir(parents=True)
+    for path in (runs.root / "pictures" / "2_thing").glob("picture0[01].*"):
+        shutil.copy(path, folder)
+    return folder
 
 
 @observes("cache_latents", "vae_batch_size", "max_data_loader_n_workers")
-def test_pictures_are_encoded_once_and_as_many_at_a_time_as_asked(runs: Runs, work: Work) -> None:
-    plain = runs.fresh(*EIGHT)
-    assert work.pictures == [1] * 8 and work.threads == {"MainThread"}
+def test_pictures_are_encoded_once_and_as_many_at_a_time_as_asked(runs: Runs, work: Work, pictures: Path) -> None:
+    data = (*EPOCH, "--train_data_dir", str(pictures.parent))
+    plain = runs.fresh(*data)
+    assert work.pictures == [1] * 4 and work.threads == {"MainThread"}
     work.pictures.clear()
-    cached = runs.fresh(*EIGHT, "--cache_latents")
-    assert work.pictures == [1] * 4 and same(plain, cached)
+    cached = runs.fresh(*data, "--cache_latents")
+    assert work.pictures == [1] * 2 and same(plain, cached)
     work.pictures.clear()
     work.threads.clear()
-    many = runs.fresh(*EIGHT, "--cache_latents", "--vae_batch_size", "3", "--max_data_loader_n_workers", "2")
-    assert work.pictures == [3, 1] and same(plain, many) and work.threads == {"data"}
+    many = runs.fresh(*data, "--cache_latents", "--vae_batch_size", "3", "--max_data_loader_n_workers", "2")
+    assert work.pictures == [2] and same(plain, many) and work.threads == {"data"}
 
 
 @observes("cache_latents_to_disk", "skip_cache_check")
 def test_latents_on_disk_are_believed_only_if_told_so(runs: Runs, work: Work, pictures: Path) -> None:
     data = ("--train_data_dir", str(pictures.parent), "--cache_latents_to_disk")
     first = runs.fresh(*STILL, *data)
-    assert len(list(pictures.glob("*_sd.npz"))) == 4 and sum(work.pictures) == 4
+    assert len(list(pictures.glob("*_sd.npz"))) == 2 and sum(work.pictures) == 2
     picture = pictures / "picture01.png"
     times = picture.stat()
     Image.new("RGB", (64, 64), "red").save(picture)
@@ -103,22 +108,22 @@ def test_latents_on_disk_are_believed_only_if_told_so(runs: Runs, work: Work, pi
 def test_latents_of_sd_scripts_are_used_unless_told_otherwise(runs: Runs, work: Work, pictures: Path) -> None:
     for picture in pictures.glob("picture*.[jp][pn]g"):
         path = pictures / f"{picture.stem}_0064x0064_sd.npz"
-        size = {"original_size": np.array([64, 64]), "crop_ltrb": np.array([0, 0, 64, 64])}
-        np.savez(path, latents=np.full((4, 8, 8), 0.25, np.float32), **size)
+        latents = np.full((4, 8, 8), 0.25, np.float32)
+        np.savez(path, latents=latents, original_size=np.array([64, 64]), crop_ltrb=np.array([0, 0, 64, 64]))
         later = picture.stat().st_mtime + 10
         os.utime(path, (later, later))
     data = ("--train_data_dir", str(pictures.parent), "--cache_latents_to_disk")
     trusted = runs.fresh(*STILL, *data)
-    assert not work.pictures and "4 cached latents of another program are used" in trusted.err
+    assert not work.pictures and "2 cached latents of another program are used" in trusted.err
     anew = runs.fresh(*STILL, *data, "--trust_foreign_caches", "no")
-    assert sum(work.pictures) == 4
-    assert anew.losses == pytest.approx(runs(*STILL).losses, rel=1e-4) != pytest.approx(trusted.losses, rel=1e-3)
+    assert sum(work.pictures) == 2
+    usual = runs.fresh(*STILL, "--train_data_dir", str(pictures.parent))
+    assert anew.losses == pytest.approx(usual.losses, rel=1e-4) != pytest.approx(trusted.losses, rel=1e-3)
 
 
 @observes("latent_sampling")
-def test_latents_may_be_drawn_anew_each_time(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.training.objective import Objective
-
+def test_latents_may_be_drawn_anew_each_time(runs: Runs, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = (*EPOCH, "--train_data_dir", str(pictures.parent))
     found: list[torch.Tensor] = []
     add = Objective.add_noise
 
@@ -127,26 +132,26 @@ def test_latents_may_be_drawn_anew_each_time(runs: Runs, monkeypatch: pytest.Mon
         return add(self, latents, *others)
 
     monkeypatch.setattr(Objective, "add_noise", watched)
-    runs.fresh(*EIGHT)
+    runs.fresh(*data)
     means = {tensor.numpy().tobytes() for tensor in found}
     found.clear()
-    runs.fresh(*EIGHT, "--latent_sampling", "sample")
-    assert len(means) == 4 and len({tensor.numpy().tobytes() for tensor in found}) == 8
+    runs.fresh(*data, "--latent_sampling", "sample")
+    assert len(means) == 2 and len({tensor.numpy().tobytes() for tensor in found}) == 4
 
 
 @observes("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "text_memo_mb")
 def test_texts_are_encoded_once_and_kept_where_asked(runs: Runs, work: Work, pictures: Path) -> None:
-    data = (*EIGHT, "--train_data_dir", str(pictures.parent))
+    data = (*EPOCH, "--train_data_dir", str(pictures.parent))
     usual = runs.fresh(*data)
-    assert sum(work.texts) == 4
+    assert sum(work.texts) == 2
     work.texts.clear()
-    assert same(usual, runs.fresh(*data, "--text_memo_mb", "0")) and 4 < sum(work.texts) <= 8
+    assert same(usual, runs.fresh(*data, "--text_memo_mb", "0")) and 2 < sum(work.texts) <= 4
     work.texts.clear()
     kept = runs.fresh(*data, "--cache_text_encoder_outputs")
-    assert sum(work.texts) == 4 and "the text encoders are released" in kept.err and same(kept, usual)
+    assert sum(work.texts) == 2 and "the text encoders are released" in kept.err and same(kept, usual)
     assert not list(pictures.glob("*_te_outputs.npz"))
     runs.fresh(*data, "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk")
-    assert len(list(pictures.glob("*_te_outputs.npz"))) == 4
+    assert len(list(pictures.glob("*_te_outputs.npz"))) == 2
     work.texts.clear()
     again = runs.fresh(*data, "--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk")
     assert not work.texts and same(again, usual)
@@ -157,11 +162,10 @@ def test_texts_are_encoded_once_and_kept_where_asked(runs: Runs, work: Work, pic
 @observes("dataset_config")
 def test_a_dataset_file_takes_the_place_of_flags(runs: Runs, work: Work, tmp_path: Path) -> None:
     folder = runs.root / "pictures" / "2_thing"
-    (tmp_path / "d.toml").write_text(
-        f"[[datasets]]\nresolution = 64\nbatch_size = 3\n[[datasets.subsets]]\nimage_dir = '{folder}'\nnum_repeats = 3\n"
-    )
+    subset = f"[[datasets.subsets]]\nnum_repeats = 3\nimage_dir = '{folder}'\n"
+    (tmp_path / "d.toml").write_text(f"[[datasets]]\nresolution = 64\nbatch_size = 3\n{subset}")
     flags = ("--dataset_config", str(tmp_path / "d.toml"))
-    ran = runs.fresh(*EIGHT, *flags, without=("train_data_dir", "resolution"))
+    ran = runs.fresh(*EPOCH, *flags, without=("train_data_dir", "resolution"))
     assert sum(len(batch.positions) for batch in work.batches) == 12 and len(ran.steps) == 4
 
 
@@ -205,9 +209,13 @@ def test_sizes_of_pictures_are_minded(runs: Runs, work: Work, tmp_path: Path) ->
     plain = runs.fresh(*data)
     assert {batch.captions[0] for batch in work.batches} == {"good", "small", "wide"} and "crop_loss" not in plain.err
     work.batches.clear()
-    left = runs.fresh(*data, "--skip_small_images", "--max_crop_loss", "0.3")
-    assert {batch.captions[0] for batch in work.batches} == {"good", "wide"}
-    assert "more than 0.3 (max_crop_loss)" in left.err and "wide" in left.err
+    cropped = runs(*data, "--max_crop_loss", "0.3")
+    assert "more than 0.3 (max_crop_loss)" in cropped.err and "wide" in cropped.err
+    buckets = ("--enable_bucket", "--bucket_no_upscale", "--min_bucket_reso", "64", "--max_bucket_reso", "128")
+    assert "small.png" in runs(*data, *buckets, expect=2).err
+    work.batches.clear()
+    runs.fresh(*data, *buckets, "--skip_small_images")
+    assert {batch.captions[0] for batch in work.batches} == {"good"}
     sizes = {}
     for name, more in (("legacy", ()), ("exact", ("--exact_crop_conditioning",))):
         work.batches.clear()
@@ -226,33 +234,33 @@ def test_damaged_pictures_end_a_run_at_once_or_are_left_out(runs: Runs, work: Wo
     data[start : start + 20] = bytes(20)
     picture.write_bytes(bytes(data))
     place = ("--train_data_dir", str(pictures.parent))
-    late = runs.fresh(*EIGHT, *place, expect=2)
+    late = runs.fresh(*EPOCH, *place, expect=2)
     assert "picture01.png: can't be decoded" in late.err and late.steps_were_made
-    early = runs.fresh(*EIGHT, *place, "--verify_images", expect=2)
+    early = runs.fresh(*EPOCH, *place, "--verify_images", expect=2)
     assert "picture01.png" in early.err and not early.steps_were_made
     work.batches.clear()
-    runs.fresh(*EIGHT, *place, "--verify_images", "--skip_bad_images")
-    assert len({name for batch in work.batches for name in batch.names}) == 3
+    runs.fresh(*EPOCH, *place, "--verify_images", "--skip_bad_images")
+    assert len({name for batch in work.batches for name in batch.names}) == 1
 
 
 @observes("keep_in_memory")
-def test_pictures_in_memory_are_read_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.data import pixels
+def test_pictures_in_memory_are_read_once(runs: Runs, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    real = decoded
 
-    opened: list[str] = []
-    real = Path.read_bytes
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(*arguments, **options)
 
-    def watched(self: Path) -> bytes:
-        opened.append(self.suffix)
-        return real(self)
-
-    monkeypatch.setattr(Path, "read_bytes", watched)
+    for module in ("pixels", "samples"):
+        monkeypatch.setattr(f"library.data.{module}.decoded", counted)
     counts = []
     for flags in ((), ("--keep_in_memory",)):
-        opened.clear()
-        runs.fresh(*EIGHT, *flags)
-        counts.append(sum(suffix in (".png", ".jpg") for suffix in opened))
-    assert pixels and counts[0] - counts[1] == 4
+        calls = 0
+        runs.fresh(*EPOCH, "--train_data_dir", str(pictures.parent), *flags)
+        counts.append(calls)
+    assert counts == [4, 2]
 
 
 @observes("debug_dataset")

@@ -81,12 +81,12 @@ def watch(runs: Runs, *flags: str, model: str = "sd1") -> Seen:
 def alphas(*, zero_terminal: bool = False) -> Floats:
     """The tiny models' cumulative products (scaled linear betas), rescaled as Lin et al. 2023, algorithm 1, or not."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2
-    products = np.cumprod(1 - betas)
+    products = np.asarray(np.cumprod(1 - betas), dtype=np.float64)
     if not zero_terminal:
         return products
     roots = np.sqrt(products)
     roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-    return np.square(roots)
+    return np.asarray(np.square(roots), dtype=np.float64)
 
 
 def snr(t: int) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 from library.models.model import Model
 from library.training.objective import Objective
@@ -91,17 +92,15 @@ def test_frozen_weights_are_kept_in_8_bits(runs: Runs, monkeypatch: pytest.Monke
 
 @observes("gradient_checkpointing", "gradient_checkpointing_every", "gradient_checkpointing_attention_only")
 def test_checkpointing_computes_again_and_learns_the_same(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from library.models import checkpointing
-
     calls = 0
-    real = checkpointing.checkpoint
+    real = checkpoint
 
     def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         return real(*arguments, **options)
 
-    monkeypatch.setattr(checkpointing, "checkpoint", counted)
+    monkeypatch.setattr("library.models.checkpointing.checkpoint", counted)
     flags = ("--network_train_unet_only", "--max_train_steps", "1")
     plain = runs.fresh(*flags)
     counts = [calls]
@@ -164,11 +163,11 @@ def test_a_variant_of_the_weights_is_read(runs: Runs) -> None:
         for path in other_model(runs).rglob("*.safetensors"):
             place = folder / path.parent.name / f"{path.stem}.fp16.safetensors"
             shutil.copy(path, place)
-    place = ("--pretrained_model_name_or_path", str(folder))
-    assert runs(*STILL, *place).losses == runs(*STILL).losses
+    model = ("--pretrained_model_name_or_path", str(folder))
+    assert runs(*STILL, *model).losses == runs(*STILL).losses
     other = runs(*STILL, "--pretrained_model_name_or_path", str(other_model(runs)))
-    assert runs(*STILL, *place, "--variant", "fp16").losses == other.losses
-    assert "--variant" in runs(*STILL, *place, "--variant", "int4", expect=2).err
+    assert runs(*STILL, *model, "--variant", "fp16").losses == other.losses
+    assert "--variant" in runs(*STILL, *model, "--variant", "int4", expect=2).err
 
 
 @observes("v2", "v_parameterization", "ignore_model_hash")
