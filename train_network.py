@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     first = os.environ.get("RANK", "0") == "0"
     try:
+        console.write_to(None)
         options = parse(arguments)
         console.set_level(options.config.console_log_level or "INFO" if first else "ERROR")
         from library.training.memory_plan import check_available, predict_memory

@@ -14,6 +14,7 @@ from library.options.registry import Options
 _DEFAULT_DIM = 4
 _OFT = "networks.oft"
 _DYLORA = "networks.dylora"
+_WITHOUT_NORMS = (_OFT, "lycoris.kohya")
 
 
 def problems(options: Options) -> Iterator[Problem]:
@@ -27,6 +28,8 @@ def problems(options: Options) -> Iterator[Problem]:
 def notices(options: Options) -> Iterator[str]:
     """What has no effect, or hardly any, in one line each."""
     network = options.network
+    if options.logging.log_norms and network.network_module in _WITHOUT_NORMS:
+        yield f"--log_norms: has no effect, {network.network_module} tells no norms of blocks"
     if network.network_module not in UNET_ONLY:
         return
     if network.network_train_unet_only:

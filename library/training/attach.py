@@ -29,6 +29,9 @@ def attach_network(prepared: Prepared, model: Model, device: torch.device) -> Ne
         unet, text_encoder = unet_facade(unet), text_encoder_facade(text_encoder)
         model.suit_foreign_networks()
     network = _create(prepared, model, unet, text_encoder, own)
+    if options.scale_weight_norms is not None and not hasattr(network, "apply_max_norm_regularization"):
+        wrong = f"{options.network_module} can't bound the norms of its modules"
+        raise UserError.single(prepared.options.where("scale_weight_norms"), wrong, "leave it out")
     kind = NetworkTrainable if own else ForeignTrainable
     trainable = kind(network, unet, text_encoder, prepared.rates, prepared.options.optimizer.learning_rate)
     if options.network_weights and (own or not options.dim_from_weights):

@@ -14,6 +14,8 @@ _SHARE = 0.05
 _LEAST = 0.002
 """So does what is less than this share of the loss itself."""
 _LATE = 0.75
+_FEWEST = 5
+"""A rise before a jump is looked for in no fewer points."""
 """A curve that reaches its floor after this share of its steps was still falling."""
 
 Points = Sequence[tuple[int, float]]
@@ -92,7 +94,7 @@ def judge(points: Points) -> Shape:
     tolerance = max(least, 2.5 * noise)
     first = next(i for i, loss in enumerate(curve) if loss <= best + tolerance)
     last = max(i for i, loss in enumerate(curve) if loss <= best + tolerance / 2)
-    rises = jump is None and curve[-1] > best + max(least, 4 * noise * math.sqrt(2))
+    rises = (jump is None or len(calm) >= _FEWEST) and curve[-1] > best + max(least, 4 * noise * math.sqrt(2))
     steps = [step for step, _ in calm]
     late = steps[first] > steps[0] + _LATE * (points[-1][0] - steps[0])
     tail = [loss for _, loss in points[-(len(points) // 12 + 1) :]]

@@ -3,6 +3,7 @@ in the middle; and that none of it changes what is learned."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 
 from library.options import presets
 from tests.pictures import make_pictures
-from tests.programs import SCRIPT, environment
+from tests.programs import ROOT, SCRIPT, environment
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(model: Path, pictures: Path, output: Path, *more: object) -> list[str]:
     return [
-        *(
-            "--pretrained_model_name_or_path",
-            str(model),
-            "--train_data_dir",
-            str(pictures),
-            "--output_dir",
-            str(output),
-        ),
+        *("--pretrained_model_name_or_path", str(model), "--output_dir", str(output)),
+        *("--train_data_dir", str(pictures)),
         *("--output_name", "run", "--network_module", "networks.lora", "--network_dim", "2", "--resolution", "64"),
         *("--caption_extension", ".txt", "--cache_latents", "--train_batch_size", "2", "--learning_rate", "1e-2"),
         *("--seed", "5", "--max_data_loader_n_workers", "0", *map(str, more)),
@@ -59,14 +54,7 @@ def logged(output: Path, name: str) -> dict[int, float]:
     return {line["step"]: line[name] for line in lines(output) if name in line}
 
 
-RISING = (
-    "--learning_rate",
-    "1e-2",
-    "--lr_scheduler",
-    "piecewise_constant",
-    "--lr_scheduler_args",
-    "step_rules=1:6,100",
-)
+RISING = ("--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules=1:6,100")
 """Six steps that teach, and then ones that are far too long."""
 
 
@@ -99,7 +87,7 @@ def wish(process: subprocess.Popen[str], file: Path) -> None:
 
 
 def test_save_now_and_stop(tiny_sd1: Path, pictures: Path, tmp_path: Path) -> None:
-    steps, output = 30, tmp_path / "parts"
+    steps, output = 20, tmp_path / "parts"
     flags = ("--max_train_steps", steps, "--lr_scheduler", "cosine", "--network_dropout", "0.1", "--flip_aug")
     command = arguments(tiny_sd1, pictures, output, *flags)
     output.mkdir()
@@ -133,21 +121,9 @@ def test_save_now_and_stop(tiny_sd1: Path, pictures: Path, tmp_path: Path) -> No
     assert lines(tmp_path / "whole") == lines(output)
 
 
-def test_the_best_weights_are_kept(tiny_sd1: Path, pictures: Path, tmp_path: Path) -> None:
-    flags = ("--validation_split", "0.34", "--validate_every_n_steps", "1", "--save_every_n_steps", "1")
-    assert main(arguments(tiny_sd1, pictures, tmp_path, *flags, "--max_train_steps", "9", *RISING)) == 0
-    losses = logged(tmp_path, "loss/validation/step_average")
-    assert list(losses) == list(range(10))
-    best = min(range(1, 10), key=lambda step: losses[step])
-    assert 1 < best < 9
-    kept = tmp_path / "run-best.safetensors"
-    assert same(kept, tmp_path / f"run-step{best:08d}.safetensors")
-    assert not same(kept, tmp_path / f"run-step{best + 1:08d}.safetensors")
-    with safe_open(kept, "np") as file:
-        assert file.metadata()["ss_steps"] == str(best)
-
-
-def test_an_early_stop(tiny_sd1: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_best_weights_are_kept_and_an_early_stop_is_one(
+    tiny_sd1: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--validation_split", "0.34", "--validate_every_n_steps", "2", "--save_every_n_steps", "2", "--save_state")
     command = arguments(tiny_sd1, pictures, tmp_path, *flags, "--max_train_steps", "14", *RISING)
     assert main([*command, "--early_stopping_patience", "2"]) == 0
@@ -159,6 +135,9 @@ def test_an_early_stop(tiny_sd1: Path, pictures: Path, tmp_path: Path, capsys: p
     assert "to go on:" not in said
     assert same(tmp_path / "run.safetensors", tmp_path / f"run-step{last:08d}.safetensors")
     assert same(tmp_path / "run-best.safetensors", tmp_path / f"run-step{best:08d}.safetensors")
+    assert not same(tmp_path / "run-best.safetensors", tmp_path / f"run-step{best + 2:08d}.safetensors")
+    with safe_open(tmp_path / "run-best.safetensors", "np") as file:
+        assert file.metadata()["ss_steps"] == str(best)
     assert json.loads((tmp_path / "run-state/manifest.json").read_text())["updates_done"] == last
 
     assert main([*command, "--early_stopping_patience", "2", "--resume", "latest"]) == 2
@@ -169,7 +148,7 @@ def test_an_early_stop(tiny_sd1: Path, pictures: Path, tmp_path: Path, capsys: p
     assert max(logged(tmp_path, "loss/current")) > last
 
 
-PROMPTS = "a thing --w 64 --h 64 --s 2 --d 1\n"
+PROMPTS = "a thing --w 64 --h 64 --s 1 --d 1\n"
 EXACT = {
     "schedule-free": ("--optimizer_type", "AdamWScheduleFree"),
     "prodigy": ("--optimizer_type", "Prodigy", "--learning_rate", "1", "--optimizer_args", "d0=1e-3"),
@@ -187,24 +166,26 @@ def test_exact_resume_with_looking_in_between(
         *("--validate_every_n_steps", "2", "--sample_prompts", tmp_path / "prompts.txt"),
         *("--sample_every_n_steps", "2"),
     )
-    common = ("--validation_split", "0.34", "--max_train_steps", "6", "--network_dropout", "0.1", "--flip_aug", *flags)
+    common = ("--validation_split", "0.34", "--max_train_steps", "5", "--network_dropout", "0.1", "--flip_aug", *flags)
 
     def run(name: str, workers: int, *more: object) -> Path:
         output = tmp_path / name
-        line = arguments(tiny_sd1, pictures, output, *common, *more)
+        line = [word for word in arguments(tiny_sd1, pictures, output, *common, *more) if word != "--cache_latents"]
         assert main([*line, "--max_data_loader_n_workers", str(workers)]) == 0
         return output
 
-    whole, blind = run("whole", 0, *looks), run("blind", 2, "--validate_every_n_epochs", "99")
+    whole = run("whole", 0, *looks)
     parts = run("parts", 2, *looks, "--save_state", "--save_every_n_steps", "3")
     first = sorted(path.name[:10] for path in (parts / "sample").glob("run_0*.png"))
-    assert first == ["run_000002", "run_000004", "run_000006"]
+    assert first == ["run_000002", "run_000004"]
     state = parts / "run-step00000003-state"
     again = run("parts", 0, *looks, "--resume", state)
-    for output in (blind, again):
-        assert same(whole / "run.safetensors", output / "run.safetensors")
+    assert same(whole / "run.safetensors", again / "run.safetensors")
     assert lines(whole) == lines(again)
-    assert set(logged(again, "loss/validation/step_average")) == {0, 2, 4, 6}
+    assert set(logged(again, "loss/validation/step_average")) == {0, 2, 4, 5}
+    if "AdamWScheduleFree" in flags:
+        blind = run("blind", 0, "--validate_every_n_epochs", "99")
+        assert same(whole / "run.safetensors", blind / "run.safetensors")
 
 
 def preset_values(name: str) -> dict[str, Any]:
@@ -316,3 +297,45 @@ def test_weights_of_a_step_go_on_where_they_were(tiny_sd1: Path, pictures: Path,
     assert main(arguments(tiny_sd1, pictures, part, *flags, *start)) == 0
     assert logged(part, "loss/current")[6] == logged(whole, "loss/current")[6]
     assert logged(part, "lr/unet") == {step: rate for step, rate in logged(whole, "lr/unet").items() if step > 5}
+
+
+@pytest.mark.slow
+def test_the_advisor_names_where_a_real_run_learned_by_heart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The quickstart on two of its twelve pictures, the others held out, at more than four times its rate."""
+    monkeypatch.chdir(ROOT)
+    steps = 320
+    held_out = ("--validation_split", "0.8", "--validation_seed", "1", "--validate_every_n_steps", "20")
+    rate = ("--learning_rate", "4.5e-3", "--lr_scheduler", "constant", "--lr_warmup_steps", "0", "--noise_offset", "0")
+    length = ("--max_train_steps", str(steps), "--train_batch_size", "2", "--dataset_repeats", "10")
+    quiet = ("--validate_every_n_epochs", "1000", "--logging_dir", "", "--sample_every_n_steps", "0")
+    first = tomllib.loads((presets.FOLDER / "quickstart.toml").read_text(encoding="utf-8"))
+    assert first["training"]["learning_rate"] * 4 < 4.5e-3
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a large blorp on a blue background --w 128 --h 128 --s 1 --d 1\n")
+    line = ["--config_file", "library/presets/quickstart.toml", "--output_dir", str(tmp_path), "--output_name", "run"]
+    saves = ("--save_every_n_steps", "40", "--sample_prompts", str(prompts))
+    assert main([*line, *held_out, *rate, *length, *quiet, *saves]) == 0
+
+    losses = logged(tmp_path, "loss/validation/step_average")
+    trained = logged(tmp_path, "loss/current")
+    best = min(list(losses)[1:], key=lambda step: losses[step])
+    assert 20 <= best <= 240
+    assert losses[steps] > 1.2 * losses[best]
+    assert sum(trained[step] for step in range(best + 1, best + 41)) / 40 < 0.8 * losses[best]
+
+    said = capsys.readouterr().err
+    advice = said[said.index("validation loss: from") :].splitlines()
+    assert advice[0].startswith(f"validation loss: from {losses[0]:.4f} to its lowest, ")
+    rise = re.search(r"it began to rise at about step (\d+) and ended at|it rose suddenly after step (\d+), ", said)
+    assert rise, advice
+    assert 40 <= int(rise[1] or rise[2]) < steps
+    (tries,) = [words for words in advice if words.startswith("try first: ")]
+    named = re.findall(r"(\S+\.safetensors) \(step (\d+), about ([\d.]+)\)", tries)
+    assert named[0] == ("run-best.safetensors", str(best), f"{losses[best]:.4f}")
+    assert len(named) == 3
+    for name, step, loss in named:
+        with safe_open(tmp_path / name, "np") as file:
+            assert file.metadata()["ss_steps"] == step
+        assert float(loss) < losses[steps]

@@ -7,6 +7,7 @@ import pytest
 
 from tests.flags.effects import Ran, Runs, equal, observes, part, same
 
+pytestmark = pytest.mark.xdist_group("flags of learning")
 LIGHT = ("--network_train_unet_only", "--network_dim", "1")
 STILL = (*LIGHT, "--learning_rate", "1e-12")
 SGD = (*LIGHT, "--optimizer_type", "SGD", "--learning_rate", "0.5", "--max_train_steps", "1")
@@ -97,17 +98,17 @@ def test_text_encoders_stop_and_the_unet_goes_on(runs: Runs) -> None:
 
 @observes("early_stopping_patience", "validate_every_n_steps", "max_validation_steps", "validate_every_n_epochs")
 def test_a_run_ends_when_validation_gets_no_better(runs: Runs) -> None:
-    watched = (*STILL, "--max_train_steps", "8", "--validation_split", "0.5", "--seed", "5")
-    patient = runs(*watched, "--validate_every_n_steps", "2")
-    steps = [line["step"] for line in patient.lines if "loss/validation/step_average" in line]
-    assert steps == [0, 2, 4, 6, 8] and len(patient.steps) == 8
-    stopped = runs(*watched, "--validate_every_n_steps", "2", "--early_stopping_patience", "1")
-    assert "stopping early at step" in stopped.err and len(stopped.steps) < 8
-    first = [line["loss/validation/step_average"] for line in patient.lines if "loss/validation/step_average" in line]
-    few = runs(*watched, "--validate_every_n_steps", "8", "--max_validation_steps", "1")
-    less = [line["loss/validation/step_average"] for line in few.lines if "loss/validation/step_average" in line]
-    assert len(less) == 2 and less[0] != pytest.approx(first[0], rel=1e-3)
-    epochs = runs(*watched, "--validate_every_n_epochs", "2")
+    watched = (*STILL, "--max_train_steps", "4", "--validation_split", "0.5", "--seed", "5")
+    patient = runs(*watched, "--validate_every_n_steps", "1")
+    looks = [line for line in patient.lines if "loss/validation/step_average" in line]
+    assert [line["step"] for line in looks] == [0, 1, 2, 3, 4] and len(patient.steps) == 4
+    stopped = runs(*watched, "--validate_every_n_steps", "1", "--early_stopping_patience", "1")
+    assert "stopping early at step" in stopped.err and len(stopped.steps) < 4
+    few = runs(*watched, "--validate_every_n_steps", "4", "--max_validation_steps", "1")
+    fewer = [line for line in few.lines if "loss/validation/step_average" in line]
+    assert [line["step"] for line in fewer] == [0, 4]
+    assert fewer[0]["loss/validation/step_average"] != pytest.approx(looks[0]["loss/validation/step_average"], rel=1e-3)
+    epochs = runs(*watched, "--train_batch_size", "2", "--validate_every_n_epochs", "2")
     assert [line["epoch"] for line in epochs.lines if "loss/validation/epoch_average" in line] == [0, 2]
 
 

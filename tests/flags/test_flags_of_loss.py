@@ -16,6 +16,7 @@ from library.training.objective import Objective
 from tests.flags.effects import Ran, Runs, observes
 
 Floats = NDArray[np.float64]
+pytestmark = pytest.mark.xdist_group("flags of loss")
 STILL = ("--learning_rate", "1e-12", "--network_train_unet_only")
 HUBER = ("--loss_type", "huber")
 SMOOTH = ("--loss_type", "smooth_l1")

@@ -16,6 +16,7 @@ from library.training.objective import Objective
 from tests.flags.effects import Runs, observes, part, same
 from tests.original_layout import folder_as_single_file
 
+pytestmark = pytest.mark.xdist_group("flags of model")
 STILL = ("--learning_rate", "1e-12", "--network_train_unet_only")
 BF16 = (*STILL, "--mixed_precision", "bf16")
 
@@ -208,7 +209,6 @@ def test_what_needs_cuda_says_so_and_changes_nothing(runs: Runs, monkeypatch: py
         ran = runs("--network_train_unet_only", flag)
         assert f"{flag} is for CUDA, not for cpu: torch's attention is used" in ran.err and same(ran, usual)
     assert "text encoders that are trained stay where they compute" in runs("--offload_text_encoders").err
-    assert "--offload_during_sampling: has no effect without" in runs("--offload_during_sampling").err
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     told = runs.fresh("--network_train_unet_only", "--offload_text_encoders", "--offload_during_sampling")
     for flag in ("--offload_text_encoders", "--offload_during_sampling"):
@@ -224,3 +224,34 @@ def test_blocks_are_compiled_by_the_named_compiler(runs: Runs) -> None:
     assert ran.weights.keys() == usual.weights.keys() and part(ran, "lora_unet")
     assert ran.losses == pytest.approx(usual.losses, rel=1e-4)
     assert "--dynamo_backend" in runs(*flags, "--torch_compile", "--dynamo_backend", "ofi", expect=2).err
+
+
+@observes("offload_during_sampling")
+def test_what_a_preview_does_not_need_is_set_aside(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from library.models import offload
+
+    aside: list[list[str]] = []
+    real = offload.set_aside
+
+    def watched(what: Any, device: torch.device) -> Any:
+        things = list(what)
+        aside.append(sorted({type(one).__name__ for one in things}))
+        return real(things, device)
+
+    monkeypatch.setattr("library.models.preview.set_aside", watched)
+    monkeypatch.setattr("library.training.assemble.set_aside", watched)
+    prompts = runs.root / "one_prompt.txt"
+    prompts.write_text("a thing --w 64 --h 64 --s 1 --d 1")
+    once = ("--network_train_unet_only", "--max_train_steps", "1", "--network_dim", "1")
+    flags = (*once, "--sample_prompts", str(prompts), "--sample_every_n_steps", "1")
+    pictures = []
+    for more, moved in (
+        ((), set()),
+        (("--offload_during_sampling",), {"AutoencoderKL", "UNet2DConditionModel", "Tensor"}),
+    ):
+        aside.clear()
+        ran = runs.fresh(*flags, *more)
+        (picture,) = (ran.folder / "sample").glob("x_0*.png")
+        pictures.append(np.asarray(Image.open(picture)))
+        assert moved <= {name for names in aside for name in names} and (bool(moved) or not any(aside))
+    assert np.array_equal(pictures[0], pictures[1])

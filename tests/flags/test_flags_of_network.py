@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.flags.effects import Arrays, Ran, Runs, equal, observes, part, same
 
+pytestmark = pytest.mark.xdist_group("flags of network")
 STILL = ("--learning_rate", "1e-12")
 
 

@@ -31,7 +31,8 @@ def test_tensorboard(runs: Runs) -> None:
     assert re.fullmatch(r"first-\d{14}", folder.name)
     shown = scalars(folder / "mine")
     for name in ("loss/current", "loss/average", "lr/unet", "lr/textencoder"):
-        assert shown[name] == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in ran.steps]
+        assert [step for step, _ in shown[name]] == [line["step"] for line in ran.steps]
+        assert [value for _, value in shown[name]] == pytest.approx(ran.logged(name), rel=1e-6)
     assert [epoch for epoch, _ in shown["loss/epoch_average"]] == [1, 2]
     told = next((folder / "mine").glob("*/hparams.yml")).read_text(encoding="utf-8")
     assert "network_dim: 2\n" in told and "learning_rate: 0.01\n" in told and str(runs.root) not in told
@@ -73,8 +74,9 @@ def test_wandb_and_all(runs: Runs) -> None:
     (run,) = [record.run for record in kept(runs.root / "all") if record.WhichOneof("record_type") == "run"]
     assert (run.project, run.display_name, list(run.tags)) == ("network_train", "nice", ["small"])
     rows = history(runs.root / "all")
-    losses = [(int(row["step"]), float(row["loss/current"])) for row in rows if "loss/current" in row]
-    assert losses == [(line["step"], pytest.approx(line["loss/current"])) for line in ran.steps]
+    losses = {int(row["step"]): float(row["loss/current"]) for row in rows if "loss/current" in row}
+    assert list(losses) == [line["step"] for line in ran.steps]
+    assert list(losses.values()) == pytest.approx(ran.losses)
     (shown,) = [row for row in rows if "sample_0/width" in row]
     assert (shown["step"], shown["sample_0/width"]) == ("2", "64")
     (events,) = (runs.root / "all").glob("2*/network_train/events*")

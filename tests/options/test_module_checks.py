@@ -9,6 +9,7 @@ from library.options.model import Model
 from library.options.network import Network
 from library.options.optimizer import Optimizer
 from library.options.registry import Options
+from library.options.reporting import Logging
 
 
 def options(module: str, args: tuple[str, ...] = (), *, text_encoder_lr: Any = None, **flags: Any) -> Options:
@@ -60,6 +61,13 @@ def test_what_does_little_for_oft_is_mentioned() -> None:
     lines = list(module_checks.notices(options("networks.oft", network_alpha=0.1, network_train_unet_only=True)))
     assert len(lines) == 1
     assert not list(module_checks.notices(options("networks.lora", network_train_unet_only=True)))
+
+
+@pytest.mark.parametrize("module", ["networks.lora", "networks.oft", "lycoris.kohya"])
+def test_norms_of_blocks_that_no_module_tells_are_mentioned(module: str) -> None:
+    logged = Options(network=Network(network_module=module, network_alpha=1e-3), logging=Logging(log_norms=True))
+    told = [line for line in module_checks.notices(logged) if line.startswith("--log_norms")]
+    assert bool(told) == (module != "networks.lora")
 
 
 def test_dylora_is_not_compiled() -> None:
