@@ -14,9 +14,9 @@ _SHARE = 0.05
 _LEAST = 0.002
 """So does what is less than this share of the loss itself."""
 _LATE = 0.75
+"""A curve that reaches its floor after this share of its steps was still falling."""
 _FEWEST = 5
 """A rise before a jump is looked for in no fewer points."""
-"""A curve that reaches its floor after this share of its steps was still falling."""
 
 Points = Sequence[tuple[int, float]]
 """(step, finite loss), steps ascending."""

@@ -182,9 +182,9 @@ def _on_validation(shape: Shape, untrained: float | None) -> list[str]:
         base = " than that of the base model" if untrained is not None else " than at its first validation"
         lines = [f"validation loss: never noticeably lower{base}, {shape.start:.4f}"]
     if shape.jumps_at is not None:
-        if shape.rises_from is not None:
-            lines.append(f"it had begun to rise at about step {shape.rises_from}: the pictures were learned by heart")
         lines.append(_jumped(shape, "it"))
+        if shape.rises_from is not None:
+            lines.append(f"before that it had begun to rise at about step {shape.rises_from}")
         return lines
     if shape.rises_from is not None:
         if shape.improved and shape.flat_from is not None and shape.flat_from < shape.rises_from:

@@ -1,4 +1,4 @@
-"""Numbers of updates are read late on a GPU: here the lateness alone, on a CPU, which must change nothing but the time."""
+"""Numbers of updates are read late on a GPU: here the lateness alone, on a CPU, which must change only the time."""
 
 import json
 from pathlib import Path

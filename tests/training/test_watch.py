@@ -51,7 +51,8 @@ def test_a_run_that_diverged() -> None:
     said = replay("diverged").advice(SAVES)
     assert said[0].startswith("the loss was no number at step 1228: the run diverged; the learning rate is")
     assert "it rose suddenly after step 880" in said[2] and "half or a third" in said[2]
-    assert "try first: cat-000002.safetensors (step 320" in said[3]
+    assert said[3] == "before that it had begun to rise at about step 320"
+    assert "try first: cat-000002.safetensors (step 320" in said[4]
     before = " / ".join(replay("diverged", until=1200).advice(SAVES))
     assert "rose suddenly" in before and "no number" not in before
 
