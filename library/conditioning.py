@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.to_device import to_device
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -34,9 +36,10 @@ class Conditioning:
         return self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Conditioning":
-        """The same on a device, in a dtype."""
-        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        return Conditioning(self.states.to(device, dtype), pooled)
+        """The same on a device, in a dtype. A GPU isn't waited for."""
+        place = torch.device(device)
+        pooled = None if self.pooled is None else to_device(self.pooled, place).to(place, dtype)
+        return Conditioning(to_device(self.states, place).to(place, dtype), pooled)
 
 
 def join(parts: Sequence[Conditioning]) -> Conditioning:

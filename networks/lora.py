@@ -49,8 +49,6 @@ class LoraNetwork(nn.Module):
         self._known = known
         self._args, self._blocks = args, blocks
         self._frozen: tuple[LoraLayer, ...] = ()
-        self._norms: Tensor | None = None
-        self._gradient_norms: Tensor | None = None
         self.set_multiplier(multiplier)
 
     @property
@@ -232,29 +230,19 @@ class LoraNetwork(nn.Module):
         """
         return norms.limit_norms(self.layers, max_norm)
 
-    def update_norms(self) -> None:
-        """Measure what each attached LoRA adds, for `weight_norms`."""
-        self._norms = norms.product_norms(self.layers)
-
-    def update_grad_norms(self) -> None:
-        """Measure the gradients of each attached LoRA, for `grad_norms`."""
-        self._gradient_norms = norms.gradient_norms(self.layers)
-
-    def weight_norms(self) -> Tensor | None:
-        """The norm of each attached LoRA's product (n,) when `update_norms` was last called; None before that."""
-        return self._norms
-
-    def grad_norms(self) -> Tensor | None:
-        """The norm of each attached LoRA's gradients (n,) when `update_grad_norms` was last called; None before."""
-        return self._gradient_norms
-
-    def combined_weight_norms(self) -> Tensor | None:
-        """The norm of each frozen weight with its LoRA (n,), as it is now."""
-        return norms.combined_norms(self.layers)
-
     def norms_by_block(self, gradients: bool) -> dict[str, Tensor]:
-        """Block -> norm of its gradients, or of what its LoRAs add, 0-d; see networks.norms."""
-        return norms.norms_by_block(self.layers, self._blocks, gradients)
+        """Block -> norm of its gradients, or of what its LoRAs add at strength 1, 0-d; see networks.norms."""
+        layers = self.layers
+        found = norms.gradient_norms(layers) if gradients else norms.product_norms(layers).unbind()
+        return norms.by_block([layer.target for layer in layers], found, self._blocks)
+
+    def mean_norms(self, gradients: bool) -> dict[str, Tensor]:
+        """Means over modules by their names in the log, 0-d, at strength 1: of gradients (none before the first
+        backward pass), or of what LoRAs add and of the frozen weights with it."""
+        layers = self.layers
+        if gradients:
+            return norms.gradient_mean(norms.gradient_norms(layers))
+        return norms.weight_means(norms.product_norms(layers), norms.combined_norms(layers))
 
     def file_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The tensors of a file, on the CPU: parameters in `dtype` (None: as trained), alphas 0-d float32."""

@@ -1,15 +1,17 @@
-"""Sizes of what LoRAs add, from matrices as small as the rank: the product up @ down is never made.
+"""Sizes of what networks add, by module and by block, for logs and `--scale_weight_norms`.
 
-With D = scale * up @ down, ||D||^2 is the sum of (up^T up) * (down down^T), and a row's square follows from the same
-products. Layers of one shape are computed together, and nothing waits for the device: all results are tensors there.
+Those of LoRAs come from matrices as small as the rank: the product up @ down is never made. With D = scale * up @ down,
+||D||^2 is the sum of (up^T up) * (down down^T), and a row's square follows from the same products. Layers of one shape
+are computed together. Nothing waits for the device: all results are tensors there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.models.families import UnetBlocks
+from library.models.lora_targets import LoraTarget
 from networks.blocks import block_name
 from networks.lora_layers import LoraLayer
 
@@ -70,25 +72,32 @@ def limit_norms(layers: Sequence[LoraLayer], limit: float) -> tuple[Tensor, Tens
         return (ratios != 1).sum(), after.mean(), after.max()
 
 
-def gradient_norms(layers: Sequence[LoraLayer]) -> Tensor | None:
-    """The norm of all gradients of each layer that has some (n,); None before the first backward pass."""
-    squares = [square for layer in layers if (square := _gradient_square(layer)) is not None]
-    return torch.stack(squares).sqrt() if squares else None
+def gradient_norms(layers: Sequence[nn.Module]) -> list[Tensor | None]:
+    """The norm of all gradients of each layer, 0-d; None for one that has none."""
+    return [_gradient_norm(layer) for layer in layers]
 
 
-def norms_by_block(layers: Sequence[LoraLayer], blocks: UnetBlocks, gradients: bool) -> dict[str, Tensor]:
-    """By block of the U-Net or layer of a text encoder (`unet_block4`, `textencoder1_layer0`) a norm, 0-d.
-
-    Of the gradients over all parameters, else of what the LoRAs of the block add: the root of the sum of ||D||^2.
-    """
+def by_block(targets: Iterable[LoraTarget], norms: Iterable[Tensor | None], blocks: UnetBlocks) -> dict[str, Tensor]:
+    """By block of the U-Net or layer of a text encoder (`unet_block4`, `textencoder1_layer0`) the root of the sum of
+    the squares of its modules' norms, 0-d. `norms`: of each target; None is left out."""
     sums: dict[str, list[Tensor]] = {}
-    squares: Sequence[Tensor | None] = [_gradient_square(layer) for layer in layers] if gradients else ()
-    for layer, square in zip(layers, squares or product_norms(layers).square().unbind(), strict=True):
-        if square is not None:
-            sums.setdefault(block_name(layer.target, blocks), []).append(square)
-    return {name: torch.stack(found).sum().sqrt() for name, found in sums.items()}
+    for target, norm in zip(targets, norms, strict=True):
+        if norm is not None:
+            sums.setdefault(block_name(target, blocks), []).append(norm)
+    return {name: torch.stack(found).square().sum().sqrt() for name, found in sums.items()}
 
 
-def _gradient_square(layer: LoraLayer) -> Tensor | None:
+def gradient_mean(norms: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """The mean over modules that have gradients, by its name in the log; empty if there are none."""
+    found = [norm for norm in norms if norm is not None]
+    return {"norm/avg_grad_norm": torch.stack(found).mean()} if found else {}
+
+
+def weight_means(added: Tensor, combined: Tensor) -> dict[str, Tensor]:
+    """Means over modules by their names in the log, from the norms (n,) of what each adds and of the weight with it."""
+    return {"norm/avg_key_norm": added.mean(), "norm/avg_combined_norm": combined.mean()}
+
+
+def _gradient_norm(layer: nn.Module) -> Tensor | None:
     found = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
-    return torch.stack([gradient.float().square().sum() for gradient in found]).sum() if found else None
+    return torch.stack([gradient.float().square().sum() for gradient in found]).sum().sqrt() if found else None

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import Problem, UserError
-from library.models.families import diffusers_key, unet_key_of
+from library.models.families import UnetBlocks, diffusers_key, unet_blocks_of, unet_key_of
 from library.models.lora_targets import LoraTarget, targets
 from library.options import values
 from library.options.flags import Flag
 from library.options.modules import read_settings
 from library.weights.files import read_tensors
 from library.weights.save import save_lora
+from networks import norms
 from networks.oft_layers import OftLayer
 from networks.oft_targets import PREFIX, oft_targets, problems
 
@@ -34,11 +35,13 @@ _LEAVES = {"oft_blocks", "alpha"}
 class OftNetwork(nn.Module):
     """All turned modules of one run. Its parameters and state dict hold them once `apply_to` attached them."""
 
-    def __init__(self, layers: Iterable[OftLayer], aliases: Mapping[str, str], multiplier: float = 1.0) -> None:
+    def __init__(
+        self, layers: Iterable[OftLayer], aliases: Mapping[str, str], blocks: UnetBlocks, multiplier: float = 1.0
+    ) -> None:
         """`aliases`: each name that a file may have -> the name that we write."""
         super().__init__()
         self._built = tuple(layers)
-        self._aliases = aliases
+        self._aliases, self._blocks = aliases, blocks
         self.set_multiplier(multiplier)
 
     @property
@@ -157,15 +160,20 @@ class OftNetwork(nn.Module):
         """What the optimizer trains and gradient clipping measures."""
         return list(self.parameters())
 
-    def weight_norms(self) -> dict[str, float]:
-        """How far each attached module turns: the Frobenius norm of R - I at multiplier 1."""
-        found = {}
-        with torch.no_grad():
-            for layer in self.layers:
-                rotation = layer.rotation()
-                one = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
-                found[layer.target.name] = float(torch.linalg.vector_norm(rotation - one))
-        return found
+    def norms_by_block(self, gradients: bool) -> dict[str, Tensor]:
+        """Block -> norm of its gradients, or of how far its weights have come by turning at strength 1, 0-d."""
+        layers = self.layers
+        found = norms.gradient_norms(layers) if gradients else [layer.norms()[0] for layer in layers]
+        return norms.by_block([layer.target for layer in layers], found, self._blocks)
+
+    def mean_norms(self, gradients: bool) -> dict[str, Tensor]:
+        """Means over modules by their names in the log, 0-d, at strength 1: of gradients (none before the first
+        backward pass), or of how far weights have come by turning and of the turned weights."""
+        layers = self.layers
+        if gradients:
+            return norms.gradient_mean(norms.gradient_norms(layers))
+        moved, combined = zip(*(layer.norms() for layer in layers), strict=True)
+        return norms.weight_means(torch.stack(moved), torch.stack(combined))
 
     def file_tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The tensors of a file, on the CPU: blocks in `dtype` (None: as trained), alphas 0-d float32."""
@@ -203,7 +211,7 @@ def create_network(
     if bad := problems(chosen, dim):
         raise UserError(bad)
     layers = [OftLayer(target, unet.get_submodule(target.path), dim, alpha) for target in chosen]
-    return OftNetwork(layers, aliases, multiplier)
+    return OftNetwork(layers, aliases, unet_blocks_of(unet.config), multiplier)
 
 
 def create_network_from_weights(
@@ -239,7 +247,7 @@ def create_network_from_weights(
         raise UserError.single(source, wrong, "use an OFT file of the same model family")
     for layer in layers:
         layer.requires_grad_(not for_inference)
-    return OftNetwork(layers, aliases, multiplier), weights_sd
+    return OftNetwork(layers, aliases, unet_blocks_of(unet.config), multiplier), weights_sd
 
 
 def _settings(given: Mapping[str, Any], dim: object, alpha: object, dropout: object) -> dict[str, Any]:

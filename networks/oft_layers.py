@@ -43,14 +43,17 @@ class OftLayer(AttachedLayer):
         self.constraint = self.alpha_value * self.target.out_features
 
     def rotation(self) -> Tensor:
-        """R (blocks, side, side) at multiplier 1, float32 or wider: orthogonal matrices."""
+        """R (blocks, side, side) at multiplier 1, float32 or wider: orthogonal matrices.
+
+        I - Q of a skew-symmetric Q is never singular, so the device isn't waited for to tell.
+        """
         with torch.autocast(self.oft_blocks.device.type, enabled=False):
             wide = self.oft_blocks if self.oft_blocks.dtype == torch.float64 else self.oft_blocks.float()
             skew = wide - wide.mT
             norm = torch.linalg.vector_norm(skew)
             skew = skew * ((norm.clamp(max=self.constraint) + _TINY) / (norm + _TINY))
             one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-            return torch.linalg.solve(one - skew, one + skew)
+            return torch.linalg.solve_ex(one - skew, one + skew).result
 
     def turn(self) -> Tensor:
         """I + multiplier * (R - I)."""
@@ -63,6 +66,14 @@ class OftLayer(AttachedLayer):
     def weight(self) -> Tensor:
         """The turned weight at the present multiplier: float32 or wider, in the weight's own shape."""
         return turned(self.base.weight.detach(), self.turn().detach())
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """||W' - W|| and ||W'|| at multiplier 1, 0-d."""
+        with torch.no_grad():
+            rotation = self.rotation()
+            one = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+            moved, whole = turned(self.base.weight, rotation - one), turned(self.base.weight, rotation)
+            return torch.linalg.vector_norm(moved), torch.linalg.vector_norm(whole)
 
     def forward(self, x: Tensor) -> Tensor:
         """The frozen module, turned: Linear (..., in) -> (..., out), Conv2d (b, in, h, w) -> (b, out, h', w')."""

@@ -11,7 +11,7 @@ from tests.programs import ROOT, environment
 
 LEAVES = {
     f"library.{name}"
-    for name in ("errors", "rng", "console", "tokenizer", "conditioning", "known_files", "global_draws")
+    for name in ("errors", "rng", "console", "tokenizer", "conditioning", "known_files", "global_draws", "to_device")
 }
 BELOW = {
     "options": set(),

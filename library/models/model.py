@@ -25,6 +25,7 @@ from library.models.offload import KeptInRam
 from library.models.parts import load_part
 from library.models.prompts import TextStates, encode_rows, token_rows, weighted_rows
 from library.models.schedule import alphas_cumprod
+from library.to_device import to_device
 from library.tokenizer import WORDS
 
 if TYPE_CHECKING:
@@ -154,10 +155,10 @@ class Model(ABC):
         weights = None
         if self.weighted:
             rows, weights = weighted_rows(captions, self.max_words, pad_id)
-            weights = weights.to(self.device)
+            weights = to_device(weights, self.device)
         else:
             rows = token_rows(captions, self.max_words, pad_id)
-        rows = rows.to(self.device)
+        rows = to_device(rows, self.device)
         with self._autocast():
             return encode_rows(encoder, rows, layer, norm=norm, weights=weights), rows
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from library.conditioning import Conditioning
 from library.models.model import Model
 from library.models.prompts import at_end
+from library.to_device import to_device
 
 _LAYER = 2
 
@@ -33,5 +34,6 @@ class SDXL(Model):
         if sizes is None:
             height, width = (side * self.vae_factor for side in noisy.shape[-2:])
             sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(noisy), -1)
+        sizes = to_device(sizes.float(), self.device)
         pooled = conditioning.pooled.to(device=self.device, dtype=self.dtype)
-        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.to(self.device, torch.float32)}}
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}

@@ -16,7 +16,9 @@ the file wins over the default. Unambiguous beginnings of flags do. Numbers may 
 
 - **honoured**: does what it says.
 - **equivalent**: accepted with one line, because the result is the same without it.
-- **refused**: ends the run with exit code 2 when it is set to something other than its default or off.
+- **refused**: ends the run with exit code 2 when it is set to something other than its default or off. A setting of
+  another refused flag, such as `--zero_stage` of `--deepspeed`, ends it only together with that flag; alone it is said
+  to have no effect.
 """
 _DATASETS = """## Dataset file
 

@@ -1,5 +1,6 @@
 """From `argv` to checked options: command line, config file, conversions, kinds, checks; all problems at once."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ def _repeated(options: Options, length: presets.Length, specs: Sequence[DatasetS
         dataset = options.dataset.model_copy(update={"dataset_repeats": number})
         return options.model_copy(update={"dataset": dataset, "explicit": options.explicit | {"dataset_repeats"}})
 
-    number, pictures = presets.repeats(length, specs, read_datasets(with_repeats(2)).specs)
+    batches = options.training.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    number, pictures = presets.repeats(length, specs, read_datasets(with_repeats(2)).specs, batches)
     if not pictures or number == options.dataset.dataset_repeats:
         return options
     notices.append(f"preset: --dataset_repeats {number} for {pictures} pictures makes about {length.epochs} epochs")
@@ -110,6 +112,7 @@ def _judge(read: dict[str, Any], places: dict[str, str], bad: set[str], problems
         if str(value) in flag.refuse:
             problems.append(Problem(places[name], f"{value} can't be used", flag.refuse[str(value)]))
             bad.add(name)
+            continue
         if value == flag.default or not value:
             continue
         if flag.kind == "equivalent":

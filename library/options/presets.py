@@ -4,6 +4,7 @@ pictures that they compute."""
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from library.errors import Problem, nearest
 from library.options.config_file import FromFile, read_config
 from library.options.flags import Flag
 from library.options.registry import FLAGS, Options
-from library.options.specs import DatasetSpec
+from library.options.specs import DatasetSpec, SubsetSpec
 from library.options.values import written
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
@@ -71,29 +72,36 @@ def read_presets(text: str, where: str) -> Preset:
     return found
 
 
-def repeats(length: Length, once: Sequence[DatasetSpec], twice: Sequence[DatasetSpec]) -> tuple[int, int]:
+def repeats(
+    length: Length, once: Sequence[DatasetSpec], twice: Sequence[DatasetSpec], batches: int = 1
+) -> tuple[int, int]:
     """(repeats, pictures) with which subsets that name no repeats make epochs of the preset's length; (1, 0) where
-    every subset names its own.
+    every subset names its own. Pictures that are held out for validation are no part of it.
 
     Args:
         once, twice: the datasets if `--dataset_repeats` is 1 and 2: subsets that differ follow the flag.
+        batches: so many batches make a step: one for each process, and for each micro-step that is accumulated.
     """
     following, samples, batch = 0, 0, 1
     for one, two in zip(once, twice, strict=True):
-        batch = max(batch, one.batch_size)
         for subset, other in zip(one.subsets, two.subsets, strict=True):
-            count = 0 if subset.is_reg or subset.source != "folder" else _count(subset.image_dir, subset.recursive)
+            count = _trained(subset)
+            batch = max(batch, one.batch_size if count else 1)
             if subset.num_repeats != other.num_repeats:
                 following += count
             else:
                 samples += count * subset.num_repeats
-    wanted = length.steps * batch / length.epochs - samples
+    wanted = length.steps * batch * batches / length.epochs - samples
     return (max(1, round(wanted / following)), following) if following else (1, 0)
 
 
-def _count(folder: Path, recursive: bool) -> int:
-    paths = folder.rglob("*") if recursive else folder.iterdir()
-    return sum(path.suffix.lower() in _PICTURES for path in paths)
+def _trained(subset: SubsetSpec) -> int:
+    """How many pictures of a folder are trained on. Those held out are as many as data.sources.split takes."""
+    if subset.is_reg or subset.source != "folder":
+        return 0
+    paths = subset.image_dir.rglob("*") if subset.recursive else subset.image_dir.iterdir()
+    count = sum(path.suffix.lower() in _PICTURES for path in paths)
+    return count - int(count * Fraction(repr(subset.validation_split)) + Fraction(1, 2))
 
 
 def command(options: Options, script: str = "train_network.py") -> str:

@@ -6,25 +6,38 @@ from library.errors import Problem
 from library.options.registry import Options
 
 
+_STARTS = ("initial_step", "initial_epoch")
+
+
+def _typed(options: Options, name: str) -> bool:
+    """Whether a flag stands on the command line, not in a file."""
+    return options.where(name).startswith("--")
+
+
 def problems(options: Options) -> Iterator[Problem]:
     """Where a run can't start where it is told to, or nothing of the text encoders would be trained as told."""
     training, network = options.training, options.network
-    for name in ("initial_step", "initial_epoch"):
-        if options.value(name) is not None and training.resume is not None:
+    for name in _STARTS:
+        if options.value(name) is not None and training.resume is not None and _typed(options, name):
             wrong = "can't be combined with --resume, which goes on exactly where the state was saved"
             yield Problem(options.where(name), wrong, "leave out one of the two")
     stop = training.stop_text_encoder_training
     if stop == -1 and network.network_train_text_encoder_only:
         wrong = "-1 leaves the text encoders out, and --network_train_text_encoder_only the rest"
         yield Problem(options.where("stop_text_encoder_training"), wrong, "leave out one of the two")
-    if stop > 0 and network.network_train_text_encoder_only:
-        wrong = "nothing would be trained after it with --network_train_text_encoder_only"
+    rates = options.optimizer
+    unet = rates.learning_rate if rates.unet_lr is None else rates.unet_lr
+    if stop > 0 and (network.network_train_text_encoder_only or not unet):
+        wrong = "nothing would be trained after it, because the U-Net's part is left out"
         yield Problem(options.where("stop_text_encoder_training"), wrong, "end the run there: --max_train_steps")
 
 
 def notices(options: Options) -> Iterator[str]:
     """Lines about flags that find nothing to work on."""
     training = options.training
+    for name in _STARTS:
+        if options.value(name) is not None and training.resume is not None and not _typed(options, name):
+            yield f"{options.where(name)}: has no effect with --resume, which goes on where the state was saved"
     stop = training.stop_text_encoder_training
     if stop > 0 and options.network.network_train_unet_only:
         yield f"{options.where('stop_text_encoder_training')}: has no effect with --network_train_unet_only"

@@ -189,6 +189,8 @@ def assemble(
         learner.rates.load_state_dict(other["rates"])
         loop.scaler.load_state_dict(other["scaler"])
         say(f"resumed from {resume.folder} at step {resume.state.updates_done} of {clock.total_updates}")
+    elif prepared.first_update:
+        say(f"starting at step {prepared.first_update} of {clock.total_updates}")
     return loop, saver
 
 
@@ -283,6 +285,7 @@ def _loop_settings(prepared: Prepared) -> LoopSettings:
         options.optimizer.max_grad_norm,
         loss_scale=options.model.mixed_precision == "fp16",
         scale_weight_norms=options.network.scale_weight_norms,
+        text_memo_bytes=options.caching.text_memo_mb * 2**20,
         text_encoder_steps=text_encoder_steps(options, prepared.clock.total_updates),
         log_norms=options.logging.log_norms,
     )

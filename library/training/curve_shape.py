@@ -29,7 +29,7 @@ class Shape:
     Attributes:
         start: loss at the first point, not smoothed.
         improved: whether it ever was noticeably lower than that.
-        best: lowest loss, at `best_step`; of the part before a jump, if there was one.
+        best: lowest loss; of the part before a jump, if there was one.
         end: loss at the last point.
         tolerance: differences up to this mean nothing.
         flat_from: step from which it no longer fell noticeably; None while it still fell.
@@ -40,7 +40,6 @@ class Shape:
     start: float
     improved: bool
     best: float
-    best_step: int
     end: float
     tolerance: float
     flat_from: int | None
@@ -88,8 +87,8 @@ def judge(points: Points) -> Shape:
     left = 1.0 if passes == 0 else math.sqrt(1 / (2 * math.sqrt(math.pi * passes / 2)))
     rough = noise_of(values)
     noise = rough * left
-    at = min(range(len(curve)), key=lambda i: curve[i])
-    best, gain = curve[at], values[0] - curve[at]
+    best = min(curve)
+    gain = values[0] - best
     least = max(_SHARE * gain, _LEAST * abs(best))
     tolerance = max(least, 2.5 * noise)
     first = next(i for i, loss in enumerate(curve) if loss <= best + tolerance)
@@ -102,7 +101,6 @@ def judge(points: Points) -> Shape:
         start=values[0],
         improved=gain > max(least, 3 * rough),
         best=best,
-        best_step=steps[at],
         end=curve[-1] if jump is None else median(tail),
         tolerance=tolerance,
         flat_from=None if late and not rises else steps[first],

@@ -14,9 +14,10 @@ from library.data.caches.latents import NAN_ADVICE, NAN_LATENTS
 from library.data.loader import Batch
 from library.errors import Problem, UserError
 from library.options.specs import PRESERVE
+from library.to_device import to_device
 from library.training.coordinates import Coordinates
 from library.training.distributed import Processes
-from library.training.noise import NoiseSettings, draw_noise, draw_timesteps, finish, to_device
+from library.training.noise import NoiseSettings, draw_noise, draw_timesteps, finish
 from library.training.objective import Objective
 from library.training.trainable import Trainable
 
@@ -101,8 +102,8 @@ class Denoising:
                 latents, logvar = latents.chunk(2, dim=1)
         latents = to_device(latents, self.processes.device).float()
         if logvar is not None and batch.posterior is not None:
-            deviation = torch.exp(0.5 * logvar.to(latents).clamp(*_LOGVAR_LIMITS))
-            latents = latents + deviation * batch.posterior.to(latents)
+            logvar, draws = (to_device(one, latents.device).to(latents) for one in (logvar, batch.posterior))
+            latents = latents + torch.exp(0.5 * logvar.clamp(*_LOGVAR_LIMITS)) * draws
         return latents * self.model.latent_scale
 
     def _tell_broken(self, names: Sequence[str]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from library.to_device import to_device
+
 DEFAULT_TIMEOUT = 30
 """Minutes that processes wait for each other, as in torch."""
 
@@ -40,7 +42,8 @@ class Processes:
 
         A process that had no samples (`has_samples`) gets the sums all the same. What no process has a gradient for
         keeps none, so that an optimizer passes it over as with one process; that follows from the network alone, so
-        only a process without samples has to ask, and no other waits for its device.
+        only a process without samples has to ask, and no other waits for its device. Tensors in `extra` are on the
+        device already.
 
         Raises:
             LostProcessError: another process has ended or doesn't answer; gradients are as they were.
@@ -48,8 +51,13 @@ class Processes:
         if self.count == 1:
             return list(extra)
         present = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        own = [torch.as_tensor(number, dtype=torch.float32, device=self.device).reshape(1) for number in extra]
-        given = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        known = [0.0 if isinstance(number, torch.Tensor) else number for number in extra]
+        known += [float(parameter.grad is not None) for parameter in parameters]
+        ours, given = to_device(torch.tensor(known), self.device).split([len(extra), len(parameters)])
+        own = [
+            number.detach().float().reshape(1) if isinstance(number, torch.Tensor) else mine
+            for number, mine in zip(extra, ours.split(1), strict=True)
+        ]
         flat = torch.cat([*(gradient.reshape(-1).float() for gradient in present), *own, given])
         *pieces, numbers, counts = flat.split([*(g.numel() for g in present), len(own), len(parameters)])
         with self._together():

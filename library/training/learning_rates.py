@@ -46,4 +46,4 @@ def text_encoder_steps(options: Options, total: int) -> int | None:
     stop = options.training.stop_text_encoder_training
     if stop in (0, -1):
         return None
-    return int(stop * total) if isinstance(stop, float) else int(stop)
+    return max(1, round(stop * total)) if isinstance(stop, float) else int(stop)

@@ -5,7 +5,7 @@ What happens between updates stands in library.training.events. Nothing about fi
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,17 +15,20 @@ from library.console import bar, say
 from library.data.loader import Batch
 from library.errors import UserError
 from library.global_draws import seed_global_generators
+from library.to_device import to_device
 from library.training.coordinates import Coordinates
 from library.training.denoising import Denoising
 from library.training.events import Events
 from library.training.interrupt import Interrupt
-from library.training.noise import draw_timesteps, to_device
+from library.training.noise import draw_timesteps
 from library.training.optimizers import BuiltOptimizer
 from library.training.rate_control import RateControl
 from library.training.readings import Reading, Readings
 from library.training.requests import Requests
 from library.training.rounding import RoundedParameters
 from library.training.steps import Clock
+from library.training.text import FrozenText
+from library.training.trainable import TEXT
 
 _KEY, _SIGNAL = 130, 143
 _WISHES = ("told/key", "told/signal", "told/save", "told/stop")
@@ -51,6 +54,7 @@ class LoopSettings:
         loss_scale: on for float16 only.
         scale_weight_norms: what a module adds is shrunk to this norm after each update; None leaves it alone.
         text_encoder_steps: after so many updates the text encoders' part is frozen; None never.
+        text_memo_bytes: of the memo of captions, once text encoders are frozen.
         log_norms: log norms of gradients and weights per block.
     """
 
@@ -60,6 +64,7 @@ class LoopSettings:
     loss_scale: bool = False
     scale_weight_norms: float | None = None
     text_encoder_steps: int | None = None
+    text_memo_bytes: int = 0
     log_norms: bool = False
 
 
@@ -161,7 +166,7 @@ class Loop:
         """One optimizer step over a group of micro-batches. What it shows is put into the readings."""
         settings, learner = self.settings, self.learner
         if settings.text_encoder_steps is not None and self.updates_done >= settings.text_encoder_steps:
-            self.trainable.freeze_text_encoders()
+            self._freeze_text_encoders()
         loss = torch.zeros((), device=self.processes.device)
         for batch in group:
             loss = loss + self._micro_step(batch, len(group))
@@ -175,13 +180,16 @@ class Loop:
         if not self._readings.are_late and not np.isfinite(float(summed[0])):
             raise self._not_finite("loss", float(summed[0]), group, self.updates_done + 1)
         learner.rates.before_update(self.updates_done)
-        self.scaler.unscale_(learner.built.optimizer)
-        values["norm/avg_grad_norm"] = self._clip(group)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if gradients:
+            self.scaler.unscale_(learner.built.optimizer)
+        values["norm/grad_norm"] = self._clip(gradients, group)
         if settings.log_norms:
             values |= self.trainable.block_norms("gradient")
         self.is_whole = False
-        self.scaler.step(learner.built.optimizer)
-        self.scaler.update()
+        if gradients:
+            self.scaler.step(learner.built.optimizer)
+            self.scaler.update()
         learner.built.optimizer.zero_grad(set_to_none=True)
         if learner.rounded:
             learner.rounded.after_step(self.updates_done)
@@ -194,18 +202,28 @@ class Loop:
         self.is_whole = True
         self._readings.put(self.updates_done, values, _Made(tuple(group), self._rates()))
 
+    def _freeze_text_encoders(self) -> None:
+        """From this step on only the U-Net's part is trained."""
+        if self.trainable.trains_text_encoder:
+            self.trainable.freeze_text_encoders()
+            memo, device = self.settings.text_memo_bytes, self.processes.device
+            self.denoising.encode = FrozenText(self.denoising.encode, self.trainable, memo, device)
+            say(f"the text encoders are trained no more, after step {self.updates_done}")
+
     def _micro_step(self, batch: Batch, group_size: int) -> torch.Tensor:
         """Forward and backward of this process's samples; returns their part of the update's loss, 0-d."""
         clock, seed = self.settings.clock, self.settings.seed
         seed_global_generators(seed, batch.epoch * clock.batches_per_epoch + batch.index)
         if not batch.positions:
-            return torch.zeros((), device=self.processes.device)
+            return self.scaler.scale(torch.zeros((), device=self.processes.device)) * 0.0
         at = Coordinates(seed, batch.epoch, batch.index, batch.positions)
         self.trainable.before_micro_step(at)
         losses = self.denoising.losses(batch, at)
         weighted = losses * to_device(batch.loss_weights, losses.device)
         loss = weighted.sum() / (batch.global_size * group_size)
-        self.scaler.scale(loss).backward()
+        scaled = self.scaler.scale(loss)
+        if scaled.requires_grad:
+            scaled.backward()
         return loss.detach()
 
     def _wishes(self) -> list[float]:
@@ -214,9 +232,10 @@ class Loop:
         asked = self.requests.poll() if self.requests and self.processes.is_main else None
         return [float(told == _KEY), float(told == _SIGNAL), float(asked == "save"), float(asked == "stop")]
 
-    def _clip(self, group: Sequence[Batch]) -> torch.Tensor:
+    def _clip(self, gradients: Sequence[torch.Tensor], group: Sequence[Batch]) -> torch.Tensor:
         """Clip the gradients; returns their norm, 0-d. With a loss scaler, non-finite ones skip the update."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=self.processes.device)
         norm = torch.nn.utils.get_total_norm(gradients)
         if not self.settings.loss_scale and not self._readings.are_late and not bool(torch.isfinite(norm)):
             raise self._not_finite("gradient", float(norm), group, self.updates_done + 1)
@@ -226,9 +245,12 @@ class Loop:
 
     def _rates(self) -> dict[str, float]:
         """The learning rates of the update just made, as they are logged."""
-        rates = zip(self.trainable.descriptions, self.learner.rates.rates(), strict=True)
+        names = self.trainable.descriptions
+        frozen = {name for name in names if name.startswith(TEXT) and not self.trainable.trains_text_encoder}
+        rates = {f"lr/{name}": rate for name, rate in zip(names, self.learner.rates.rates(), strict=True)}
         steps = self.learner.built.step_sizes() or {}
-        return {f"lr/{name}": rate for name, rate in rates} | {f"lr/d*lr/{name}": d for name, d in steps.items()}
+        found = rates | {f"lr/d*lr/{name}": step for name, step in steps.items()}
+        return {key: 0.0 if key.rpartition("/")[2] in frozen else value for key, value in found.items()}
 
     def _read(self, reading: Reading, show: Callable[..., None]) -> None:
         """Look at the numbers of an update: whether they are numbers, what was wished, and what is logged."""
@@ -237,7 +259,7 @@ class Loop:
         by_key, by_signal, save, stop = (values.pop(name) for name in _WISHES)
         if not np.isfinite(loss):
             raise self._not_finite("loss", loss, made.group, reading.update)
-        norm = values["norm/avg_grad_norm"]
+        norm = values["norm/grad_norm"]
         if not self.settings.loss_scale and not np.isfinite(norm):
             raise self._not_finite("gradient", norm, made.group, reading.update)
         if by_key or by_signal or stop:
@@ -275,8 +297,9 @@ class Loop:
             saves.append(events.saves.at_end())
         asked = (told or self._save_wanted) and not finished and not self.stopped_early
         if asked and not any(save.kind == "step" and save.state for save in saves):
-            more = events.saves.on_stop(done) if told else events.saves.on_request(done)
-            saves = [save for save in saves if save.kind != "step"] + [more]
+            wanted = events.saves.on_stop(done) if told else events.saves.on_request(done)
+            due = [replace(save, state=True) for save in saves if save.kind == "step"]
+            saves = [save for save in saves if save.kind != "step"] + (due or [wanted])
         self._save_wanted = False
         events.save_all(saves, done)
         if finished:

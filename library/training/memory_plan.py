@@ -279,12 +279,14 @@ def _system_available(path: Path) -> Iterator[int]:
 
 
 def _reclaimable(path: Path) -> int:
-    """Pages of files that the control group counts as used and gives up when memory is short."""
+    """What the control group counts as used and gives up when memory is short: pages of files, recently read or not,
+    and the kernel's own caches of them. Version 1 tells its children's in the `total_` lines, and no kernel caches."""
     try:
         pairs = dict(line.split() for line in path.read_text().splitlines())
     except (OSError, ValueError):
         return 0
-    return int(pairs.get("inactive_file", pairs.get("total_inactive_file", 0)))
+    names = ("inactive_file", "active_file", "slab_reclaimable")
+    return sum(int(pairs.get(f"total_{name}", pairs.get(name, 0))) for name in names)
 
 
 def on_device(prediction: Prediction, device: Device) -> Prediction:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from library.options.training import Loss
 from library.rng import rng
+from library.to_device import to_device
 from library.training.coordinates import Coordinates
 
 _Floats = NDArray[np.float32]
@@ -146,14 +147,6 @@ def draw_timesteps(at: Coordinates, settings: NoiseSettings) -> torch.Tensor:
     low, high = settings.min_timestep, settings.max_timestep
     draws = [int(rng(at.seed, "timestep", at.epoch, at.index, p).integers(low, high)) for p in at.positions]
     return torch.tensor(draws, dtype=torch.int64)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor.to(device)` that doesn't wait for what a CUDA device still has to do, as a copy from memory that isn't
-    pinned would."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _generator(at: Coordinates, position: int, kind: _Kind) -> np.random.Generator:

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,13 +76,12 @@ def _train(prepared: Prepared, argv: Sequence[str], around: Surroundings, predic
     with around.phases.phase("start"):
         tracker, uploader = _outside(prepared, around.processes)
     around = replace(around, tracker=tracker, uploader=uploader)
-    try:
-        loop, saver = _set_up(prepared, around)
-        return _run(loop, saver, argv, around, prediction)
-    finally:
-        tracker.close()
+    with ExitStack() as ending:
+        ending.callback(tracker.close)
         if uploader:
-            uploader.finish()
+            ending.callback(uploader.finish)
+        loop, saver = _set_up(prepared, around, ending)
+        return _run(loop, saver, argv, around, prediction)
 
 
 def _outside(prepared: Prepared, processes: Processes) -> tuple[Tracker, Uploader | None]:
@@ -116,8 +116,8 @@ def _together(processes: Processes, work: Callable[[], None]) -> None:
         raise UserError(problems)
 
 
-def _set_up(prepared: Prepared, around: Surroundings) -> tuple[Loop, Saver]:
-    """Everything that comes before the first step."""
+def _set_up(prepared: Prepared, around: Surroundings, ending: ExitStack) -> tuple[Loop, Saver]:
+    """Everything that comes before the first step; what has to be undone at the end is left with `ending`."""
     processes, phases, options = around.processes, around.phases, prepared.options
     with phases.phase("model", f"loading {prepared.model.path}"):
         trains_text = any(prepared.rates.text_encoders)
@@ -136,7 +136,9 @@ def _set_up(prepared: Prepared, around: Surroundings) -> tuple[Loop, Saver]:
             trainable.release_text_encoder()
             model.release_text_encoders()
     with phases.phase("network"):
-        around = replace(around, compiling=compile_model(options, model))
+        if times := compile_model(options, model):
+            ending.callback(times.close)
+            around = replace(around, compiling=times)
         return assemble(prepared, model, encode, trainable, latents, around)
 
 

@@ -53,7 +53,7 @@ def check_base_weights(options: Options, model: ModelInfo) -> Iterator[Problem]:
     """What is wrong with `--base_weights`: LoRA files, plain or DoRA, of which every module must be in the model."""
     files, strengths = options.network.base_weights or (), options.network.base_weights_multiplier or ()
     where = options.where("base_weights")
-    if len(strengths) > len(files):
+    if files and len(strengths) > len(files):
         wrong = f"{len(strengths)} strengths for {len(files)} files"
         yield Problem(options.where("base_weights_multiplier"), wrong, "give one for each file of --base_weights")
     for file in files:

@@ -49,7 +49,7 @@ class RunState:
     seed: int
     schedule_total: int
     total_updates: int
-    losses: tuple[float, ...]
+    losses: tuple[float | None, ...]
     settings: dict[str, str]
     may_change: dict[str, str]
     watch: dict[str, Any] = field(default_factory=dict)

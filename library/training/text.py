@@ -1,5 +1,10 @@
 """Where a run's text conditioning comes from: the text encoders while they train, else a store of their outputs."""
 
+from collections.abc import Sequence
+
+import torch
+
+from library.conditioning import Conditioning
 from library.console import say
 from library.data.caches.text import TextStore
 from library.data.caches.text_files import TextFiles
@@ -11,6 +16,7 @@ from library.training.denoising import Encode
 from library.training.distributed import Processes
 from library.training.prepare import Prepared
 from library.training.text_use import text_use
+from library.training.trainable import Trainable
 
 
 def text_source(prepared: Prepared, model: Model, processes: Processes) -> tuple[Encode, bool]:
@@ -46,6 +52,31 @@ def text_source(prepared: Prepared, model: Model, processes: Processes) -> tuple
         return store, False
     say(f"text: captions kept are {counts}; the text encoders are released")
     return store, True
+
+
+class FrozenText:
+    """Conditioning from text encoders whose training has ended: each caption is encoded once for each strength of the
+    network, without dropout."""
+
+    def __init__(self, encode: Encode, trainable: Trainable, memo_bytes: int, device: torch.device) -> None:
+        self._encode, self._trainable = encode, trainable
+        self._memo_bytes, self._device = memo_bytes, device
+        self._stores: dict[float, TextStore] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """The conditioning of captions at the network's present strength."""
+        strength = self._trainable.multiplier
+        if strength not in self._stores:
+            self._stores[strength] = TextStore(self._alone, memo_bytes=self._memo_bytes, device=self._device)
+        return self._stores[strength](captions)
+
+    def _alone(self, captions: Sequence[str]) -> Conditioning:
+        was_training = self._trainable.is_training
+        self._trainable.train(False)
+        try:
+            return self._encode(captions)
+        finally:
+            self._trainable.train(was_training)
 
 
 def caption_files(captions: CaptionPlan, model: Model) -> TextFiles:

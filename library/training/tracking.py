@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -219,19 +219,19 @@ def _tables(options: Options) -> dict[str, dict[str, Any]]:
 class LossAverage:
     """`loss/average`: the mean over the last epoch's worth of updates, each epoch overwriting the one before."""
 
-    def __init__(self, updates_per_epoch: int, losses: tuple[float, ...] = ()) -> None:
+    def __init__(self, updates_per_epoch: int, losses: Sequence[float | None] = ()) -> None:
+        """`losses` by the update's place in its epoch; None where a run that began in the middle has none yet."""
         self._length = updates_per_epoch
         self.losses = list(losses)
 
     def add(self, updates_done: int, loss: float) -> float:
         """Enter the loss of update number `updates_done` (from 1); returns the average."""
         position = (updates_done - 1) % self._length
-        if position < len(self.losses):
-            self.losses[position] = loss
-        else:
-            self.losses.append(loss)
+        self.losses += [None] * (position + 1 - len(self.losses))
+        self.losses[position] = loss
         return self.average
 
     @property
     def average(self) -> float:
-        return sum(self.losses) / max(1, len(self.losses))
+        known = [loss for loss in self.losses if loss is not None]
+        return sum(known) / max(1, len(known))

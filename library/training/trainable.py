@@ -17,6 +17,9 @@ from library.training.coordinates import Coordinates
 from library.training.learning_rates import LearningRates
 from networks import foreign
 
+TEXT = "textencoder"
+"""How the descriptions of text encoders' groups begin, by the protocol."""
+
 
 class Trainable(Protocol):
     """The loop's view of what is trained."""
@@ -25,6 +28,10 @@ class Trainable(Protocol):
     descriptions: list[str]
     trains_text_encoder: bool
 
+    @property
+    def multiplier(self) -> float: ...
+    @property
+    def is_training(self) -> bool: ...
     def parameters(self) -> list[torch.nn.Parameter]: ...
     def before_epoch(self) -> None: ...
     def before_micro_step(self, at: Coordinates) -> None: ...
@@ -89,6 +96,16 @@ class NetworkTrainable:
         """Every parameter of every group, in order."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
+    @property
+    def multiplier(self) -> float:
+        """The strength at which the network acts."""
+        return self._multiplier
+
+    @property
+    def is_training(self) -> bool:
+        """Whether dropouts are active."""
+        return bool(self.network.training)
+
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Adapters stand in float32, whatever the frozen parts are, unless the run keeps them in 16 bits, too."""
         self.network.to(device=device, dtype=dtype)
@@ -141,7 +158,7 @@ class NetworkTrainable:
             return
         self.trains_text_encoder = False
         for name, group in zip(self.descriptions, self.groups, strict=True):
-            for parameter in group["params"] if name.startswith("textencoder") else ():
+            for parameter in group["params"] if name.startswith(TEXT) else ():
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
@@ -152,10 +169,13 @@ class NetworkTrainable:
         return dict(zip(("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm"), done, strict=True))
 
     def block_norms(self, kind: Literal["gradient", "weight"]) -> dict[str, torch.Tensor]:
-        """Norms of gradients or weights for each block of the model, 0-d, by their names in the log."""
-        norms = getattr(self.network, "norms_by_block", None)
-        found = {} if norms is None else norms(kind == "gradient")
-        return {f"norm/{kind}/{block}": norm for block, norm in found.items()}
+        """Norms of gradients or weights for each block of the model, and their means over modules, 0-d and on the
+        device, by their names in the log; empty where the module tells none."""
+        if not hasattr(self.network, "norms_by_block"):
+            return {}
+        gradients = kind == "gradient"
+        blocks = self.network.norms_by_block(gradients)
+        return {f"norm/{kind}/{block}": norm for block, norm in blocks.items()} | self.network.mean_norms(gradients)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.network.state_dict()

@@ -137,7 +137,7 @@ class Watch:
         points = [*untrained, *self._validations]
         if len(points) >= _FEWEST and self._validations:
             shape = judge(points)
-            lines += _on_validation(shape, self._untrained)
+            lines += _on_validation(shape, self._untrained, min(self._validations, key=lambda one: one[1]))
             return lines + self._to_try(shape, saves)
         lines += self._on_few()
         curve = thinned(self._stretches, _BINS)
@@ -166,18 +166,19 @@ class Watch:
         ranked = sorted(named, key=lambda step: (losses[step], step))
         as_good = [step for step in sorted(named) if losses[step] <= losses[ranked[0]] + shape.tolerance]
         order = list(dict.fromkeys([ranked[0], as_good[0], *ranked]))[:_NAMED]
-        files = ", ".join(f"{named[step]} (step {step}, about {losses[step]:.4f})" for step in order)
+        measured = dict(self._validations)
+        files = ", ".join(
+            f"{named[step]} (step {step}, {'' if step in measured else 'about '}{losses[step]:.4f})" for step in order
+        )
         return [f"try first: {files}"]
 
 
 _LOWER = "the learning rate is probably too high: try a half or a third of it"
 
 
-def _on_validation(shape: Shape, untrained: float | None) -> list[str]:
-    """The curve of the validation loss in words."""
-    lines = [
-        f"validation loss: from {shape.start:.4f} to its lowest, {shape.best:.4f}, at about step {shape.best_step}"
-    ]
+def _on_validation(shape: Shape, untrained: float | None, best: tuple[int, float]) -> list[str]:
+    """The curve of the validation loss in words; `best` is the step and the loss of its lowest point, as measured."""
+    lines = [f"validation loss: from {shape.start:.4f} to its lowest, {best[1]:.4f}, at step {best[0]}"]
     if not shape.improved:
         base = " than that of the base model" if untrained is not None else " than at its first validation"
         lines = [f"validation loss: never noticeably lower{base}, {shape.start:.4f}"]

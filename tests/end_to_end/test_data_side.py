@@ -65,6 +65,8 @@ def test_preserved_outputs_teach_nothing(tiny_sd1: Path, tmp_path: Path) -> None
 
 
 def test_a_network_of_strength_0_learns_nothing(tiny_sd1: Path, tmp_path: Path) -> None:
+    describe(tmp_path, "network_multiplier = 0.0")
+    assert all((tensor == 0).all() for tensor in ups(train(tiny_sd1, tmp_path, "none")))
     describe(tmp_path, "network_multiplier = 0.5")
     half = train(tiny_sd1, tmp_path, "half")
     describe(tmp_path)

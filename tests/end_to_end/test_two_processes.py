@@ -55,6 +55,15 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_sd1: Path, tmp_path: 
     assert_equal_weights(tmp_path / "output")
 
 
+def test_a_process_without_samples_scales_its_loss_too(tiny_sd1: Path, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", count=1, repeats=1)
+    words = [*arguments(tiny_sd1, tmp_path, "x", 1), "--network_module", "tests.scaling_lora"]
+    both = run(two(str(SCRIPT), *words, "--max_train_steps", "2", "--save_state"))
+    assert both.returncode == 0, both.stderr
+    again = run(two(str(SCRIPT), *words, "--max_train_steps", "3", "--resume", "latest", "--resume_schedule", "keep"))
+    assert again.returncode == 0, again.stderr
+
+
 def test_a_signal_to_one_process_stops_both_with_one_state(tiny_sd1: Path, tmp_path: Path) -> None:
     make_pictures(tmp_path / "pictures", count=7)
     stopped = run(two(str(SCRIPT), *arguments(tiny_sd1, tmp_path, "x", 2)), LORASMITH_TEST_SIGNAL="rank1:TERM@3")

@@ -332,7 +332,7 @@ def test_the_advisor_names_where_a_real_run_learned_by_heart(
     assert rise, advice
     assert 40 <= int(rise[1] or rise[2]) < steps
     (tries,) = [words for words in advice if words.startswith("try first: ")]
-    named = re.findall(r"(\S+\.safetensors) \(step (\d+), about ([\d.]+)\)", tries)
+    named = re.findall(r"(\S+\.safetensors) \(step (\d+), (?:about )?([\d.]+)\)", tries)
     assert named[0] == ("run-best.safetensors", str(best), f"{losses[best]:.4f}")
     assert len(named) == 3
     for name, step, loss in named:

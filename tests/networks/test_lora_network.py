@@ -390,16 +390,6 @@ def test_the_models_own_checkpointing_gives_the_same_gradients(unet: nn.Module, 
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_weight_norms_are_those_of_the_product(unet: nn.Module, text_encoder: nn.Module) -> None:
-    network = attached(unet, text_encoder, conv_dim="2")
-    assert network.weight_norms() is None
-    network.update_norms()
-    norms = network.weight_norms()
-    assert norms is not None
-    for norm, layer in zip(norms, network.layers, strict=True):
-        assert float(norm) == pytest.approx(float(layer.delta().norm()), rel=1e-4)
-
-
 @pytest.mark.parametrize("by", ["flag", "rate"])
 def test_a_frozen_text_encoder_is_let_go(unet: nn.Module, text_encoder: nn.Module, by: str) -> None:
     watched = weakref.ref(text_encoder.get_submodule("encoder.layers.0.mlp.fc1"))

@@ -62,21 +62,23 @@ def test_what_is_small_enough_stays_bit_for_bit(unet: nn.Module, text_encoder: n
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_measured_norms_are_those_of_dense_matrices(unet: nn.Module, text_encoder: nn.Module) -> None:
+def test_means_over_modules_are_those_of_dense_matrices(unet: nn.Module, text_encoder: nn.Module) -> None:
     network = filled(unet, text_encoder)
-    assert network.weight_norms() is network.grad_norms() is None
+    assert network.mean_norms(True) == {}
     forward(unet, text_encoder).square().mean().backward()
-    network.update_norms()
-    network.update_grad_norms()
-    products, together, gradients = network.weight_norms(), network.combined_weight_norms(), network.grad_norms()
-    assert products is not None and together is not None and gradients is not None
-    for place, layer in enumerate(network.layers):
+    found = network.mean_norms(True) | network.mean_norms(False)
+    products, together, gradients = [], [], []
+    for layer in network.layers:
         product = dense(layer)
-        whole = layer.base.weight.double().view(product.shape) + product
-        assert float(products[place]) == pytest.approx(float(product.norm()), rel=1e-5)
-        assert float(together[place]) == pytest.approx(float(whole.norm()), rel=1e-5)
-    every = [p.grad.double().square().sum() for p in network.parameters() if p.grad is not None]
-    assert float(gradients.double().square().sum()) == pytest.approx(float(sum(every)), rel=1e-5)
+        products.append(float(product.norm()))
+        together.append(float((layer.base.weight.double().view(product.shape) + product).norm()))
+        every = [p.grad.double().square().sum() for p in layer.parameters() if p.grad is not None]
+        gradients.append(math.sqrt(float(sum(every))))
+    means = {"key": products, "combined": together, "grad": gradients}
+    assert {tensor.dim() for tensor in found.values()} == {0}
+    assert {name: float(mean) for name, mean in found.items()} == {
+        f"norm/avg_{name}_norm": pytest.approx(sum(every) / len(every), rel=1e-5) for name, every in means.items()
+    }
 
 
 def test_norms_by_block_add_up_to_those_of_the_network(unet: nn.Module, text_encoder: nn.Module) -> None:

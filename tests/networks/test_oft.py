@@ -1,5 +1,6 @@
 """networks.oft against its formula in float64: what it computes, its gradients, its files, and merged weights."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,30 @@ def test_recomputation_gives_the_same_gradients(unet: nn.Module, text_encoder: n
         found.append({name: one.grad for name, one in network.named_parameters()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_logged_norms_are_those_of_the_turned_weights(unet: nn.Module, text_encoder: nn.Module) -> None:
+    network = attached(unet, text_encoder, enable_conv="true")
+    network.set_multiplier(0.5)
+    assert network.norms_by_block(True) == network.mean_norms(True) == {}
+    forward(unet, text_encoder).square().mean().backward()
+    moved, turned, gradients = [], [], []
+    for one in network.layers:
+        weight = one.base.weight.double()
+        whole = turned_weight(weight, one.oft_blocks.detach().double(), 0.1)
+        moved.append(float((whole - weight).norm()))
+        turned.append(float(whole.norm()))
+        assert one.oft_blocks.grad is not None
+        gradients.append(float(one.oft_blocks.grad.double().norm()))
+    means = {"key": moved, "combined": turned, "grad": gradients}
+    found = network.mean_norms(True) | network.mean_norms(False)
+    assert {name: float(mean) for name, mean in found.items()} == {
+        f"norm/avg_{name}_norm": pytest.approx(sum(every) / len(every), rel=1e-4) for name, every in means.items()
+    }
+    for each, of_gradients in ((moved, False), (gradients, True)):
+        blocks = network.norms_by_block(of_gradients)
+        assert len(blocks) > 5 and all(name.startswith("unet_block") for name in blocks)
+        assert math.hypot(*map(float, blocks.values())) == pytest.approx(math.hypot(*each), rel=1e-4)
 
 
 @pytest.mark.parametrize(

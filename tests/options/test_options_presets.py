@@ -79,6 +79,34 @@ def test_repeats_make_epochs_of_the_presets_length(config: Path) -> None:
     assert "78 for 5 pictures" in line
 
 
+@pytest.mark.parametrize(("processes", "flags"), [(1, ("4",)), (2, ("2",)), (4, ("1",))])
+def test_repeats_count_the_batches_that_make_a_step(
+    config: Path, monkeypatch: pytest.MonkeyPatch, processes: int, flags: tuple[str]
+) -> None:
+    """2000 steps of 4 batches of 2 in 10 epochs are 1600 samples an epoch."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    words = ("--preset", "character", "--resolution", "512", "--gradient_accumulation_steps", *flags)
+    (dataset,) = load_datasets(parse(arguments(config, *words)))
+    assert [subset.num_repeats for subset in dataset.subsets] == [round((1600 - 12) / 5), 3]
+
+
+def test_repeats_leave_out_what_is_held_out(config: Path) -> None:
+    """Of 5 pictures 2 are held out (1.5, rounded up), of 4 pictures 1: 3 x n + 3 x 3 are trained."""
+    words = ("--preset", "character", "--resolution", "512", "--validation_split", "0.3")
+    options = parse(arguments(config, *words))
+    (dataset,) = load_datasets(options)
+    assert [subset.num_repeats for subset in dataset.subsets] == [round((400 - 9) / 3), 3]
+    assert any("130 for 3 pictures" in line for line in options.notices)
+
+
+def test_the_batches_of_a_dataset_that_is_only_looked_at_count_for_nothing(config: Path) -> None:
+    seen = make_pictures(config.parent / "seen", count=2, repeats=1) / "1_thing"
+    more = f"[[datasets]]\nbatch_size = 8\n[[datasets.subsets]]\nimage_dir = '{seen}'\nvalidation_split = 1.0\n"
+    config.write_text(config.read_text(encoding="utf-8") + more, encoding="utf-8")
+    dataset, _ = load_datasets(parse(arguments(config, "--preset", "character", "--resolution", "512")))
+    assert [subset.num_repeats for subset in dataset.subsets] == [78, 3]
+
+
 def test_repeats_and_steps_that_were_given_stay(config: Path) -> None:
     words = ("--preset", "character", "--resolution", "512", "--dataset_repeats", "2", "--max_train_epochs", "3")
     options = parse(arguments(config, *words))

@@ -73,17 +73,31 @@ def test_a_resumed_run_cuts_off_what_it_does_again(tmp_path: Path) -> None:
 def test_damaged_lines_are_cut_off_too(tmp_path: Path) -> None:
     path = tmp_path / "cat.log.jsonl"
     path.write_bytes(b'{"step": 1}\nnonsense\n[]\n{"step": "x"}\n\xff\xfe\n{"step": 2}\n{"step": 3}')
-    JsonLog(path, 3).close()
-    assert [line["step"] for line in lines(path)] == [1, 2]
-
-
-def test_a_new_run_starts_a_new_log(tmp_path: Path) -> None:
-    path = tmp_path / "cat.log.jsonl"
-    path.write_text('{"step": 1}\n', encoding="utf-8")
-    log = JsonLog(path)
-    log.log({"loss/current": 1.0}, 1)
+    log = JsonLog(path, 3)
+    log.log({"loss/current": 1.0}, 4)
     log.close()
-    assert [len(line) for line in lines(path)] == [3]
+    assert [line["step"] for line in lines(path)] == [1, 2, 4]
+
+
+def test_a_new_run_starts_a_new_log_and_keeps_the_last_one(tmp_path: Path) -> None:
+    path = tmp_path / "cat.log.jsonl"
+    for run in range(3):
+        log = JsonLog(path)
+        log.log({"loss/current": float(run)}, 1)
+        log.close()
+        log.log({"loss/current": 9.0}, 2)
+    assert [line["loss/current"] for line in lines(path)] == [2.0]
+    assert [line["loss/current"] for line in lines(tmp_path / "cat.log.1.jsonl")] == [1.0]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("resumed_step", [None, 1])
+def test_a_start_that_fails_leaves_the_log_as_it_was(tmp_path: Path, resumed_step: int | None) -> None:
+    path = tmp_path / "cat.log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n', encoding="utf-8")
+    JsonLog(path, resumed_step).close()
+    assert [line["step"] for line in lines(path)] == [1, 2]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_log_that_can_not_be_written_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,11 +195,16 @@ def test_available_memory_is_the_least_of_what_is_told(tmp_path: Path) -> None:
     assert available_memory(proc, group) == 200000
     (group / "memory.stat").write_text("anon 200000\ninactive_file 50000\n")
     assert available_memory(proc, group) == 250000
+    (group / "memory.stat").write_text("inactive_file 50000\nactive_file 60000\nslab 9000\nslab_reclaimable 7000\n")
+    assert available_memory(proc, group) == 317000
     older = tmp_path / "older"
     (older / "memory").mkdir(parents=True)
     (older / "memory/memory.limit_in_bytes").write_text("400000")
     (older / "memory/memory.usage_in_bytes").write_text("390000")
     assert available_memory(proc, older) == 10000
+    own, all_together = "inactive_file 1\nactive_file 2\n", "total_inactive_file 3000\ntotal_active_file 4000\n"
+    (older / "memory/memory.stat").write_text(own + all_together)
+    assert available_memory(proc, older) == 17000
 
 
 def test_the_device_is_seen_without_torch(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from library.options.training import Loss
 from library.rng import rng
+from library.to_device import to_device
 from library.training.coordinates import Coordinates
-from library.training.noise import DrawnNoise, NoiseSettings, draw_noise, draw_timesteps, finish, to_device
+from library.training.noise import DrawnNoise, NoiseSettings, draw_noise, draw_timesteps, finish
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

