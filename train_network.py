@@ -4,10 +4,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from library import console
 from library.errors import UserError
 from library.options import parse, setup_parser
+
+if TYPE_CHECKING:
+    from library.training.prepare import Prepared
 
 __all__ = ["main", "setup_parser"]
 
@@ -50,10 +54,12 @@ def _run(arguments: Sequence[str]) -> int:
         show(prepared, prediction)
         if not options.training.ignore_memory_check:
             check_available(prediction)
+        _rehearse(prepared)
         return 0
     if options.dataset.debug_dataset:
         from library.training.dry_run import write_samples
 
+        _rehearse(prepared)
         write_samples(prepared)
         return 0
 
@@ -74,6 +80,16 @@ def _run(arguments: Sequence[str]) -> int:
         cached = "; what was cached to disk stays" if options.caching.cache_latents_to_disk else ""
         console.say(f"stopped before the first step; nothing was trained yet{cached}")
         return stop.exit_code
+
+
+def _rehearse(prepared: "Prepared") -> None:
+    """Try the optimizer and the schedule where only their classes know what they take; nothing else needs torch."""
+    from library.options.optimizer_checks import needs_trial
+
+    if needs_trial(prepared.options):
+        from library.training.rehearsal import rehearse
+
+        rehearse(prepared)
 
 
 if __name__ == "__main__":

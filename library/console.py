@@ -42,35 +42,42 @@ def set_level(name: str) -> None:
     _quiet_below = LEVELS.index(name)
 
 
+_path: Path | None = None
+"""The file that lines go to. It is made anew with its first line, its folder too."""
 _file: int | None = None
-"""The descriptor of the file that lines go to. It is written without buffers or locks, even from a signal handler."""
+"""Its descriptor, once it is open. It is written without buffers or locks, even from a signal handler."""
 
 
 def write_to(path: Path | None) -> None:
-    """Have lines written to a file, which is made anew, instead of stderr; None goes back to stderr.
+    """Have lines written to a file, which is made anew for the first of them, instead of stderr; None goes back to it.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: the file is there and can't be written.
     """
-    global _file
+    global _file, _path
     if _file is not None:
         os.close(_file)
-        _file = None
+    _file, _path = None, None
     if path is None:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+        if path.exists():
+            os.close(os.open(path, os.O_WRONLY))
     except OSError as fault:
         raise UserError.single("--console_log_file", f"{path} can't be written: {fault}") from fault
+    _path = path
 
 
 def _to_file(line: str) -> bool:
-    """Whether the line went to the file. Where that is full, stderr is told instead."""
-    if _file is None:
+    """Whether the line went to the file. Where that is full or can't be made, stderr is told instead."""
+    global _file
+    if _path is None:
         return False
     data = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode(errors="replace")
     try:
+        if _file is None:
+            _path.parent.mkdir(parents=True, exist_ok=True)
+            _file = os.open(_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
         while data:
             data = data[os.write(_file, data) :]
     except OSError:

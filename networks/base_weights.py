@@ -1,4 +1,5 @@
-"""`--base_weights`: LoRA files added to the frozen model for good, before whatever network module trains on it.
+"""`--base_weights`: files of LoRA, DoRA and LyCORIS merged into the frozen model, before whatever network module trains
+on it.
 
 Whether the files fit is told from their headers before a model is loaded (library.training.start_weights).
 """
@@ -7,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from networks import foreign
 from networks.lora import create_network_from_weights
+from networks.lora_file import lycoris_kind
+from networks.lora_keys import read_lora
 
 
 def merge_base_weights(
     unet: Any, text_encoder: Any, files: Sequence[str | Path], strengths: Sequence[float] = ()
 ) -> list[str]:
-    """Merge LoRA files into these models, one after the other, in float32; weights keep their dtype and device.
+    """Merge such files into these models, one after the other, in float32; weights keep their dtype and device.
 
     Call it before a network is made: DoRA takes the weights as they are then, and outputs that were cached of other
     text encoders don't fit any more.
@@ -26,12 +30,18 @@ def merge_base_weights(
         One line for each file.
 
     Raises:
-        UserError: a file is no LoRA, or not one of this model.
+        UserError: a file is none of these, or not one of this model.
     """
     lines = []
     for number, file in enumerate(files):
         strength = strengths[number] if number < len(strengths) else 1.0
-        network, tensors = create_network_from_weights(strength, file, None, text_encoder, unet, for_inference=True)
-        network.merge_to(text_encoder, unet, tensors)
-        lines.append(f"merged {file} into the base model at {strength:g}: {len(network.modules_built)} modules")
+        tensors = read_lora(file)
+        if lycoris_kind(tensors):
+            merged = foreign.merge_lycoris(file, strength, text_encoder, unet)
+        else:
+            make = create_network_from_weights
+            network, _ = make(strength, file, None, text_encoder, unet, weights_sd=tensors, for_inference=True)
+            network.merge_to(text_encoder, unet, tensors)
+            merged = len(network.modules_built)
+        lines.append(f"merged {file} into the base model at {strength:g}: {merged} modules")
     return lines

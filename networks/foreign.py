@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.errors import UserError
+from library.options.modules import LYCORIS
+from library.weights.files import read_tensors
 from networks.facade import text_encoder_facade, unet_facade
 from networks.lycoris_mended import mend
 from networks.lycoris_presets import PRESETS
-
-LYCORIS = "lycoris.kohya"
 
 
 def load(name: str) -> ModuleType:
@@ -48,22 +49,40 @@ def arguments(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def merge_weights(name: str, file: str | Path, strength: float, text_encoder: Any, unet: Any) -> int:
-    """Add a file of the module `name` to a model's weights for good (`--base_weights`), and say how many modules.
+def merge_lycoris(file: str | Path, strength: float, text_encoder: Any, unet: Any) -> int:
+    """Merge a file of LyCORIS into a model for good (`--base_weights`), in float32; returns how many modules.
 
-    `text_encoder` and `unet` are the model's own. LyCORIS' own call for a whole network leaves out the strength.
+    `text_encoder` and `unet` are the model's own; weights keep their dtype and device. LyCORIS' own call for a whole
+    network leaves out the strength.
+
+    Raises:
+        UserError: the file holds modules that the model lacks, or kinds that LyCORIS doesn't know. Nothing is merged.
     """
+    tensors = read_tensors(file)
     facades = text_encoder_facade(text_encoder), unet_facade(unet)
-    network, tensors = load(name).create_network_from_weights(strength, str(file), None, *facades, for_inference=True)
-    weight = next(unet.parameters())
+    make = load(LYCORIS).create_network_from_weights
+    network, _ = make(strength, str(file), None, *facades, weights_sd=tensors, for_inference=True)
+    layers = [*network.text_encoder_loras, *network.unet_loras]
+    held = {key.partition(".")[0] for key in tensors}
+    if strange := sorted(held - {layer.lora_name for layer in layers}):
+        wrong = f"{len(strange)} of its {len(held)} modules are not in this base model, e.g. {strange[0]}"
+        raise UserError.single(str(file), wrong, "use a LyCORIS file of the same model family")
     with torch.no_grad():
-        if name != LYCORIS:
-            network.merge_to(*facades, tensors, weight.dtype, weight.device)
-            return len(tensors)
-        layers = [*network.text_encoder_loras, *network.unet_loras]
         for layer in layers:
-            layer.merge_to(strength)
+            _merge(layer, strength)
     return len(layers)
+
+
+def _merge(layer: Any, strength: float) -> None:
+    """LyCORIS computes a merged weight in the dtype of the frozen one, which meanwhile is float32, laid out plainly."""
+    module = layer.org_module[0]
+    kept = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
+    for name, values in kept.items():
+        module.get_parameter(name).data = values.float().contiguous()
+    layer.merge_to(strength)
+    for name, values in kept.items():
+        parameter = module.get_parameter(name)
+        parameter.data = values.copy_(parameter.data)
 
 
 def exact_state(network: nn.Module) -> dict[str, Tensor]:

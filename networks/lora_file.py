@@ -3,7 +3,7 @@
 Imports no torch: of the tensors only shapes and alphas are looked at, so that a header's stand-ins will do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +15,7 @@ from library.models.lora_targets import LoraTarget
 if TYPE_CHECKING:
     from torch import Tensor
 
+_OWN_OFT = "oft_unet_"
 _OTHERS = {
     "lokr_": "a LyCORIS file (LoKr)",
     "hada_": "a LyCORIS file (LoHa)",
@@ -22,6 +23,8 @@ _OTHERS = {
     "a1.": "a LyCORIS file (GLoRA)",
     "on_input": "a LyCORIS file (IA3)",
     "diff": "a LyCORIS file (full)",
+    "lora_mid": "a LyCORIS file (LoCon with Tucker factors)",
+    "w_norm": "a LyCORIS file (with norms)",
 }
 _BASE_MODEL = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 _LEAVES = ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
@@ -48,7 +51,7 @@ def group(tensors: "Mapping[str, Tensor]", source: str | Path) -> dict[str, File
     for key, tensor in tensors.items():
         name, _, leaf = key.partition(".")
         if leaf not in _LEAVES:
-            other = next((what for start, what in _OTHERS.items() if leaf.startswith(start)), None)
+            other = "an OFT file of networks.oft" if name.startswith(_OWN_OFT) else lycoris_kind([key])
             wrong = f"is {other}" if other else f"{key} is not a key of a LoRA"
             raise UserError.single(str(source), wrong, "networks.lora takes plain LoRA files only")
         leaves.setdefault(name, {})[leaf] = tensor
@@ -60,6 +63,16 @@ def group(tensors: "Mapping[str, Tensor]", source: str | Path) -> dict[str, File
         alpha = float(found["alpha"]) if "alpha" in found else float(down.shape[0])
         modules[name] = FileModule(down, found["lora_up.weight"], alpha, found.get("dora_scale"))
     return modules
+
+
+def lycoris_kind(keys: Iterable[str]) -> str | None:
+    """What a file with these keys is, as messages name it, if only LyCORIS writes such; None of any other."""
+    for key in keys:
+        name, _, leaf = key.partition(".")
+        for start, kind in _OTHERS.items():
+            if leaf.startswith(start) and not name.startswith(_OWN_OFT):
+                return kind
+    return None
 
 
 def fit(module: FileModule, target: LoraTarget, rank: int, source: str | Path) -> "tuple[Tensor, Tensor]":

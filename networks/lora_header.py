@@ -8,7 +8,7 @@ from typing import Any, cast
 from library.models.info import ModelInfo
 from library.models.lora_targets import targets
 from library.models.pickles import read_weights
-from networks.lora_file import FileModule
+from networks.lora_file import FileModule, lycoris_kind
 from networks.lora_keys import modules_of, spellings
 
 
@@ -40,3 +40,14 @@ def header_modules(path: Path, source: str, model: ModelInfo) -> dict[str, FileM
     found = targets(model.unet_config, model.text_encoder_configs, conv=True, unet_key=model.family.unet_key)
     tensors = cast(dict[str, Any], {name: _StandIn(entry.shape) for name, entry in header.entries.items()})
     return modules_of(tensors, spellings(found, model.unet_config), source)
+
+
+def lycoris_modules(path: Path, source: str) -> tuple[str, frozenset[str]] | None:
+    """What kind of LyCORIS file it is, as messages name it, and the names of its modules; None of any other file.
+
+    Raises:
+        UserError: no weight file, or damaged.
+    """
+    keys = read_weights(path, source).entries
+    kind = lycoris_kind(keys)
+    return None if kind is None else (kind, frozenset(key.partition(".")[0] for key in keys))

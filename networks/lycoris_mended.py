@@ -24,6 +24,7 @@ def mend(module: ModuleType) -> None:
         kind.forward = _base_at_zero(kind.forward)
     for kind in (module.LohaModule, module.LokrModule):
         kind.get_diff_weight = _difference
+    module.LycorisNetworkKohya.apply_max_norm_regularization = _bounded
 
 
 def _random_block(layer: Any) -> Any:
@@ -67,3 +68,16 @@ def _difference(
     """What `loha` and `lokr` add to a weight, as their forward has it: alpha / rank counts once, not twice."""
     change: Tensor = layer.get_weight(shape) * layer.scalar * multiplier
     return change if device is None else change.to(device), None
+
+
+def _bounded(network: Any, limit: float, device: torch.device) -> tuple[Tensor | int, Tensor | float, Tensor | float]:
+    """How many layers were shrunk, and the mean and the largest norm afterwards, also where none had to be shrunk.
+
+    Layers that have no norm to bound don't count; three zeros where there is no other.
+    """
+    done = [layer.apply_max_norm(limit, device) for layer in network.unet_loras + network.text_encoder_loras]
+    bounded = [(scaled, norm) for scaled, norm in done if scaled is not None]
+    if not bounded:
+        return 0, 0.0, 0.0
+    norms = torch.stack([norm for _, norm in bounded])
+    return torch.stack([scaled for scaled, _ in bounded]).sum(), norms.mean(), norms.max()

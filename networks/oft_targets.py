@@ -21,11 +21,6 @@ def oft_targets(found: Iterable[LoraTarget], *, every_linear: bool, conv: bool) 
             yield replace(target, name=PREFIX + target.name.removeprefix("lora_unet_"))
 
 
-def parameters(target: LoraTarget, blocks: int) -> int:
-    """Trained numbers of one module: `blocks` squares of side out / blocks."""
-    return target.out_features**2 // blocks
-
-
 def problems(chosen: Iterable[LoraTarget], blocks: int) -> list[Problem]:
     """What is wrong with so many blocks (`--network_dim`) for these modules."""
     bad = [target for target in chosen if target.out_features % blocks]

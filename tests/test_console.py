@@ -55,6 +55,27 @@ def test_the_file_is_made_anew_and_left_again(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == "warning: elsewhere\n"
 
 
+def test_without_a_line_nothing_is_written(tmp_path: Path) -> None:
+    old = tmp_path / "log.txt"
+    old.write_text("an old run\n", encoding="utf-8")
+    for path in (tmp_path / "new" / "log.txt", old):
+        console.write_to(path)
+        console.set_level("ERROR")
+        console.say("unimportant")
+        console.write_to(None)
+    assert [one.name for one in tmp_path.iterdir()] == ["log.txt"]
+    assert old.read_text(encoding="utf-8") == "an old run\n"
+
+
+def test_a_folder_that_can_not_be_made_after_all_is_made_up_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    console.write_to(tmp_path / "file" / "log.txt")
+    console.say("told all the same")
+    assert capsys.readouterr().err == "told all the same\n"
+
+
 def test_a_file_that_can_not_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"--console_log_file: .* can't be written"):
         console.write_to(tmp_path)

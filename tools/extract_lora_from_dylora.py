@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from networks.lora_file import FileModule
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
-LYCORIS = "lycoris.kohya"
+OURS, LYCORIS = "networks.dylora", "lycoris.kohya"
+_DEFAULT_UNITS = {OURS: 1, LYCORIS: 4}
+_ADVICE = "give a file that networks.dylora trained"
 _STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
@@ -33,7 +35,10 @@ def parser() -> argparse.ArgumentParser:
         "--save_to", type=Path, required=True, metavar="FILE", help="name of the new files, without their rank"
     )
     found.add_argument(
-        "--unit", type=int, metavar="RANKS", help="step between ranks (default: the unit it was trained with, or 1)"
+        "--unit",
+        type=int,
+        metavar="RANKS",
+        help="step between ranks, a multiple of the unit it was trained with (default: that unit, or 1)",
     )
     return found
 
@@ -56,9 +61,10 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     """Write the files, each whole or not at all, and return them.
 
     Raises:
-        UserError: `model` is no plain LoRA, or there is no multiple of `unit` below its rank.
+        UserError: `model` is no plain LoRA, its metadata say that it is no DyLoRA or one of another unit, or there is
+            no multiple of `unit` below its rank.
     """
-    from library.console import say
+    from library.console import say, warn
     from library.errors import UserError
     from library.weights.files import read_metadata, read_tensors
     from library.weights.save import save_lora
@@ -69,13 +75,22 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     modules = group(read_tensors(model), model)
     metadata = read_metadata(model) if model.suffix == ".safetensors" else {}
     if any(module.dora_scale is not None for module in modules.values()):
-        raise UserError.single(str(model), "is a DoRA", "give a file that networks.dylora trained")
+        raise UserError.single(str(model), "is a DoRA", _ADVICE)
     if not modules:
-        raise UserError.single(str(model), "holds no LoRA", "give a file that networks.dylora trained")
-    rank = max(module.down.shape[0] for module in modules.values())
-    step = trained_unit(metadata) if unit is None else unit
+        raise UserError.single(str(model), "holds no LoRA", _ADVICE)
+    if other := other_training(metadata):
+        raise UserError.single(str(model), f"was trained by {other}, so its ranks have no order to cut by", _ADVICE)
+    rank, known = max(module.down.shape[0] for module in modules.values()), trained_unit(metadata)
+    step = (known or 1) if unit is None else unit
     if not 0 < step < rank:
         raise UserError.single("--unit", f"{step} is not from 1 to below the file's rank {rank}", "use a smaller unit")
+    if known is None:
+        warn(
+            f"{model}: its metadata don't say how it was trained; only of a DyLoRA cut to steps of {step} is this right"
+        )
+    elif step % known:
+        wrong = f"{step}, but the file was trained in units of {known}: other ranks were never used"
+        raise UserError.single("--unit", wrong, f"leave it out, or use a multiple of {known}")
     scaled = metadata.get("ss_network_module") != LYCORIS
     written = []
     for kept in range(step, rank, step):
@@ -125,11 +140,24 @@ def cut_metadata(metadata: Mapping[str, str], rank: int, kept: int, *, scaled: b
     return found
 
 
-def trained_unit(metadata: Mapping[str, str]) -> int:
-    """How many ranks the training took at a time, as far as the file tells; else 1."""
+def other_training(metadata: Mapping[str, str]) -> str | None:
+    """What trained the file where the metadata say that it was no DyLoRA; else None."""
+    module = metadata.get("ss_network_module")
+    if module == LYCORIS:
+        algorithm = str(network_args(metadata).get("algo", "lora")).lower()
+        return None if algorithm == "dylora" else f"{LYCORIS} algo={algorithm}"
+    return None if module in (OURS, None, "None") else module
+
+
+def trained_unit(metadata: Mapping[str, str]) -> int | None:
+    """How many ranks the training took at a time: as the metadata say, or the module's default; None if no module is
+    named there."""
+    default = _DEFAULT_UNITS.get(metadata.get("ss_network_module", ""))
+    if default is None:
+        return None
     arguments = network_args(metadata)
-    unit = _number(arguments.get("unit", arguments.get("block_size", 1)))
-    return int(unit) if unit and unit >= 1 else 1
+    unit = _number(arguments.get("unit", arguments.get("block_size")))
+    return int(unit) if unit and unit >= 1 else default
 
 
 def network_args(metadata: Mapping[str, str]) -> dict[str, object]:

@@ -1,6 +1,8 @@
-"""Checks of where scalars and messages go, and which options a tracker may be told. Nothing is opened for writing."""
+"""Checks of where scalars and messages go, which options a tracker may be told, and the picture that a file shows of
+itself. Nothing is opened for writing."""
 
 import importlib.util
+import mimetypes
 import os
 import tomllib
 from collections.abc import Iterator
@@ -17,6 +19,9 @@ _PLACES = (
     *("log_tracker_config", "console_log_file", "metadata_thumbnail"),
 )
 """Flags whose texts are paths, or may be."""
+_THUMBNAIL = "give the path of a PNG, JPEG or WebP, or a data URL"
+_SHOWN = 200
+"""So much of a text that should be a path is shown."""
 
 
 def wanted_trackers(options: Options) -> tuple[str, ...]:
@@ -39,6 +44,8 @@ def problems(options: Options) -> Iterator[Problem]:
         yield from _tracker_config(Path(flags.log_tracker_config), options.where("log_tracker_config"))
     if options.config.console_log_file is not None:
         yield from _log_file(Path(options.config.console_log_file), options.where("console_log_file"))
+    if options.output.metadata_thumbnail is not None:
+        yield from _thumbnail(options.output.metadata_thumbnail, options.where("metadata_thumbnail"))
 
 
 def _tracker_config(path: Path, where: str) -> Iterator[Problem]:
@@ -77,6 +84,25 @@ def _log_file(path: Path, where: str) -> Iterator[Problem]:
         yield Problem(where, f"{path} can't be made: {ancestor} is no folder")
     elif not os.access(ancestor, os.W_OK | os.X_OK):
         yield Problem(where, f"{path} can't be made: no permission in {ancestor}")
+
+
+def _thumbnail(value: str, where: str) -> Iterator[Problem]:
+    """A problem if it neither is a data URL nor the path of a picture. Of the file the head is read."""
+    if value.startswith("data:"):
+        return
+    path = Path(value)
+    try:
+        if not path.is_file():
+            yield Problem(where, f"there is no file {value[:_SHOWN]}", _THUMBNAIL)
+            return
+        if (mimetypes.guess_type(path.name)[0] or "").startswith("image/"):
+            from PIL import Image
+
+            with Image.open(path):
+                return
+    except (OSError, ValueError):
+        pass
+    yield Problem(where, f"{value[:_SHOWN]} is no picture that can be read", _THUMBNAIL)
 
 
 def notices(options: Options) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What must hold between the settings of networks.dylora and networks.oft and other flags, known without a model.
+"""What must hold between the settings of network modules and other flags, known without a model.
 
 Single settings are checked in options.modules; whether OFT's blocks divide the model's sizes, in networks.oft_targets.
 """
@@ -8,13 +8,13 @@ from typing import Any
 
 from library.errors import Problem
 from library.options.module_args import UNET_ONLY
-from library.options.modules import pairs, read_settings
+from library.options.modules import LYCORIS, LYCORIS_UNBOUNDED, pairs, read_settings
 from library.options.registry import Options
 
 _DEFAULT_DIM = 4
 _OFT = "networks.oft"
 _DYLORA = "networks.dylora"
-_WITHOUT_NORMS = (_OFT, "lycoris.kohya")
+_OWN = "networks."
 
 
 def problems(options: Options) -> Iterator[Problem]:
@@ -28,8 +28,12 @@ def problems(options: Options) -> Iterator[Problem]:
 def notices(options: Options) -> Iterator[str]:
     """What has no effect, or hardly any, in one line each."""
     network = options.network
-    if options.logging.log_norms and network.network_module in _WITHOUT_NORMS:
-        yield f"--log_norms: has no effect, {network.network_module} tells no norms of blocks"
+    if options.logging.log_norms and network.network_module and not network.network_module.startswith(_OWN):
+        yield f"--log_norms: has no effect, {network.network_module} tells no norms of blocks or modules"
+    if network.scale_weight_norms is not None and network.network_module == LYCORIS and not network.dim_from_weights:
+        given, _ = pairs(network.network_args or (), "")
+        if (algo := given.get("algo", "lora").lower()) in LYCORIS_UNBOUNDED:
+            yield f"--scale_weight_norms: has no effect on modules of algo={algo}, whose norms LyCORIS doesn't bound"
     if network.network_module not in UNET_ONLY:
         return
     if network.network_train_unet_only:

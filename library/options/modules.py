@@ -43,7 +43,10 @@ MODULE_ARGS: Mapping[str, Mapping[str, Flag]] = {
     "networks.dylora": DYLORA_ARGS,
     "networks.oft": OFT_ARGS,
 }
+LYCORIS = "lycoris.kohya"
 LYCORIS_ALGOS = ("locon", "lora", "loha", "lokr", "ia3", "dylora", "diag-oft", "boft", "glora", "full")
+LYCORIS_UNBOUNDED = ("ia3", "dylora", "glora", "full")
+"""Algorithms whose layers have no norm that `--scale_weight_norms` could bound."""
 LYCORIS_PRESETS = (
     *("full", "full-lin", "attn-mlp", "attn-only", "unet-only", "unet-transformer-only", "unet-convblock-only", "ia3"),
 )
@@ -53,7 +56,7 @@ LYCORIS_ARGS = (
     *("rescaled", "dora_wd", "wd_on_output", "full_matrix", "bypass_mode", "rs_lora", "unbalanced_factorization"),
     *("decompose_both", "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
 )
-_OF_LYCORIS = "it belongs to --network_module lycoris.kohya"
+_OF_LYCORIS = f"it belongs to --network_module {LYCORIS}"
 LORA_REFUSED: Mapping[str, str] = {"algo": _OF_LYCORIS, "preset": _OF_LYCORIS}
 
 
@@ -159,7 +162,7 @@ def read_settings(module: str, given: Mapping[str, Any], name_place: Callable[[s
 def check_network_args(module: str | None, items: Sequence[str], where: str) -> list[Problem]:
     """Problems of --network_args: what our own modules don't have or can't read, and LyCORIS' names and choices."""
     found, problems = pairs(items, where)
-    if module == "lycoris.kohya":
+    if module == LYCORIS:
         return problems + list(_lycoris_problems(found, where))
     if module is None or module not in MODULE_ARGS:
         return problems

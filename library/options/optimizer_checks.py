@@ -40,6 +40,12 @@ def chosen_optimizer(options: Options) -> str:
     return info.name if info else name
 
 
+def needs_trial(options: Options) -> bool:
+    """Whether only the classes themselves know what their settings may be: of the optimizer, or of the schedule."""
+    info = _info(options)
+    return info is None or info.settings is None or bool(options.optimizer.lr_scheduler_type)
+
+
 def problems(options: Options) -> Iterator[Problem]:
     """What is wrong with the optimizer, its settings, the learning rates and the schedule."""
     for one in _CHECKS:

@@ -270,7 +270,7 @@ def list_text() -> str:
         [
             "--optimizer_type",
             *_lines((info.name, described(info)) for info in OPTIMIZERS),
-            f"  as torch.optim has them: {', '.join(TORCH_NAMES)}",
+            f"  as torch.optim has them: {', '.join(TORCH_NAMES)} (Muon trains no convolutions, which SD1 has)",
             "  any other class: package.module.Class",
             "--lr_scheduler",
             *_lines((schedule.name, schedule.text) for schedule in SCHEDULE_NAMES.values()),

@@ -4,9 +4,10 @@ What depends on the device (xformers, compilers, float16 on a CPU that nobody na
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from library.errors import Problem
+from library.options.modules import find_module
 from library.options.registry import Options
 
 _NEEDS = {
@@ -15,6 +16,16 @@ _NEEDS = {
     "fp8_base": ("bf16", "fp16"),
     "fp8_base_unet": ("bf16", "fp16"),
 }
+_COMPILERS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "tvm": (("tvm", "pip install apache-tvm"),),
+    "onnxrt": (
+        ("torch.onnx._internal.onnxruntime", ""),
+        ("onnxruntime", "pip install onnxruntime-training"),
+        ("onnxscript", "pip install onnxscript"),
+    ),
+    "ipex": (("intel_extension_for_pytorch", "pip install intel-extension-for-pytorch"),),
+}
+"""What compilers need beside torch: a module, and how to get it; torch's own module where torch may lack it."""
 
 
 def problems(options: Options) -> Iterator[Problem]:
@@ -26,7 +37,8 @@ def problems(options: Options) -> Iterator[Problem]:
         if getattr(flags, name) and flags.mixed_precision not in allowed:
             wanted = " or ".join(allowed)
             yield Problem(options.where(name), f"needs --mixed_precision {wanted}, not {flags.mixed_precision}")
-    if flags.mixed_precision == "fp16" and _on_cpu():
+    yield from _compiler(options)
+    if flags.mixed_precision == "fp16" and told_cpu():
         wrong = "fp16 is hundreds of times slower on a CPU"
         yield Problem(options.where("mixed_precision"), wrong, "use bf16 or no")
     module = options.network.network_module
@@ -44,12 +56,24 @@ def notices(options: Options) -> Iterator[str]:
         yield "--xformers: has no effect with --mem_eff_attn, which wins"
     if flags.fp8_base and flags.fp8_base_unet:
         yield "--fp8_base_unet: has no effect with --fp8_base, which includes the U-Net"
-    if _on_cpu():
+    if told_cpu():
         for name in ("offload_text_encoders", "offload_during_sampling"):
             if getattr(flags, name):
                 yield f"--{name}: has no effect on a CPU, where everything is in main memory"
 
 
-def _on_cpu() -> bool:
+def _compiler(options: Options) -> Iterator[Problem]:
+    """What the compiler of `--torch_compile` lacks."""
+    backend = options.model.dynamo_backend
+    if not options.model.torch_compile:
+        return
+    for module, install in _COMPILERS.get(backend, ()):
+        if find_module(module) is not None:
+            wrong = f"{backend} needs {module}, which isn't installed" if install else f"this torch has no {backend}"
+            yield Problem(options.where("dynamo_backend"), wrong, f"{install}, or use inductor".removeprefix(", or "))
+            return
+
+
+def told_cpu() -> bool:
     """Whether the launcher was told to use the CPU."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")

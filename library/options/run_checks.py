@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from library.errors import Problem
 from library.options.registry import Options
 
-
 _STARTS = ("initial_step", "initial_epoch")
 
 

@@ -8,12 +8,13 @@ from library.data.custom import CustomPlan
 from library.data.plan import Plan
 from library.models.weighted import fragments
 from library.tokenizer import WORDS
+from library.training.expected import expected_modules
 from library.training.memory_plan import Prediction
 from library.training.prepare import Prepared
 from library.training.state import SUFFIX
 from library.training.steps import VALIDATION_TIMESTEPS, Clock, SavePlan
 from library.training.text_use import text_use
-from networks.planned import Planned, planned, planned_from_file
+from networks.planned import Planned
 
 BYTES = {None: 4, "float": 4, "fp16": 2, "bf16": 2}
 SHOWN = 6
@@ -130,7 +131,7 @@ def _network_rows(prepared: Prepared) -> list[report.NetworkRow]:
     """One row per trained part of a network of ours; another module's size is known only when it is made."""
     options, model, rates = prepared.options, prepared.model, prepared.rates
     network = options.network
-    rows = _planned(prepared)
+    rows = expected_modules(prepared.options, prepared.model, prepared.rates)
     if rows is None:
         what = "as --network_weights" if network.dim_from_weights else " ".join(network.network_args or ())
         return [report.NetworkRow(f"{network.network_module} {what}".strip())]
@@ -146,16 +147,6 @@ def _network_rows(prepared: Prepared) -> list[report.NetworkRow]:
             shapes = _shapes(chosen, alphas=not network.dim_from_weights)
             found.append(report.NetworkRow(part, len(chosen), shapes, count, size))
     return found
-
-
-def _planned(prepared: Prepared) -> tuple[Planned, ...] | None:
-    options, parts = prepared.options, prepared.rates.trained
-    network = options.network
-    module, file = network.network_module, network.network_weights
-    if network.dim_from_weights and file is not None:
-        return planned_from_file(module, file, options.where("network_weights"), prepared.model, parts)
-    shape = (network.network_dim, network.network_alpha)
-    return planned(module, *shape, options.network_arguments(), prepared.model, parts)
 
 
 def _shapes(rows: Sequence[Planned], *, alphas: bool) -> str:

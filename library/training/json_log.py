@@ -1,8 +1,8 @@
 """The machine-readable log of a run: `<output_dir>/<name>.log.jsonl`, one JSON object a line. Standard library only.
 
 Every line has "step" (optimizer steps done) and "time" (seconds since 1970), then numbers under the names that
-TensorBoard shows; what is counted in epochs has "epoch", too. Numbers that JSON can't hold are null. The log of an earlier
-run of the same name is kept as `<name>.log.1.jsonl`, one generation; a run that logs nothing leaves all as it is.
+TensorBoard shows; what is counted in epochs has "epoch", too. Numbers that JSON can't hold are null. The log of an
+earlier run of the same name is kept as `<name>.log.1.jsonl`, one generation; a run that logs nothing changes nothing.
 """
 
 import json

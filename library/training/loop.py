@@ -4,7 +4,7 @@ What happens between updates stands in library.training.events. Nothing about fi
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -94,6 +94,7 @@ class Loop:
 
     Attributes:
         stopped, stopped_early: why `run` returned before the last step: told to, or nothing was to be gained.
+        is_saved: what was done is in files, although the loader can't go on.
         is_whole: weights and optimizer are those after `updates_done` updates, not in the middle of one.
     """
 
@@ -113,7 +114,7 @@ class Loop:
         self.processes, self.interrupt, self.requests = denoising.processes, interrupt, requests
         self.updates_done = updates_done
         self.stopped = self.stopped_early = False
-        self.is_whole = True
+        self.is_whole, self.is_saved = True, False
         self._exit_code = 0
         self._save_wanted = False
         self._parameters = learner.rounded.masters if learner.rounded else self.trainable.parameters()
@@ -159,6 +160,7 @@ class Loop:
         except UserError:
             if self.updates_done and self.processes.is_main:
                 self.events.save_all([self.events.saves.on_stop(self.updates_done)], self.updates_done)
+                self.is_saved = True
                 say(f"the work up to step {self.updates_done} is saved; with other pictures, --network_weights goes on")
             raise
 
@@ -185,7 +187,8 @@ class Loop:
             self.scaler.unscale_(learner.built.optimizer)
         values["norm/grad_norm"] = self._clip(gradients, group)
         if settings.log_norms:
-            values |= self.trainable.block_norms("gradient")
+            with learner.rounded.showing_gradients() if learner.rounded else nullcontext():
+                values |= self.trainable.block_norms("gradient")
         self.is_whole = False
         if gradients:
             self.scaler.step(learner.built.optimizer)

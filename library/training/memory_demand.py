@@ -6,7 +6,6 @@ What that comes to is library.training.memory_plan's. Imports no torch.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -20,9 +19,10 @@ from library.models.memory_tables import Checkpointing, unet_weights
 from library.options import Options
 from library.options.optimizer_checks import chosen_optimizer
 from library.tokenizer import WORDS
+from library.training.expected import expected_modules
+from library.training.learning_rates import LearningRates
 from library.training.prepare import Prepared
 from library.training.text_use import text_use
-from networks.planned import Planned, planned, planned_from_file
 
 Device = Literal["cpu", "cuda"]
 
@@ -111,7 +111,7 @@ def demand_of(prepared: Prepared) -> Demand:
     bucket, batch = _largest_batch(prepared.plan)
     pictures = prepared.data.everything
     largest = max((fit.bucket[0] * fit.bucket[1] for fit in pictures.fits), default=bucket[0] * bucket[1])
-    shape = _shape(options, model, prepared.rates.trained)
+    shape = _shape(options, model, prepared.rates)
     steady = text.ahead and not text.to_disk
     kept = text.caption_bytes * len(pictures.records)
     return Demand(
@@ -217,15 +217,9 @@ class _Shape:
     outputs: bool = False
 
 
-def _shape(options: Options, model: ModelInfo, parts: tuple[str, ...]) -> _Shape:
-    network = options.network
-    if network.dim_from_weights and network.network_weights is not None:
-        where = options.where("network_weights")
-        read = partial(planned_from_file, network.network_module, network.network_weights, where, model, parts)
-    else:
-        arguments = (network.network_dim, network.network_alpha, options.network_arguments())
-        read = partial(planned, network.network_module, *arguments, model, parts)
-    found: tuple[Planned, ...] | None = read()
+def _shape(options: Options, model: ModelInfo, rates: LearningRates) -> _Shape:
+    network, parts = options.network, rates.trained
+    found = expected_modules(options, model, rates)
     each = _WHOLE_WEIGHTS[options.model.mixed_precision]
     if found is None:
         chosen = targets(model.unet_config, model.text_encoder_configs, conv=False, unet_key=model.family.unet_key)

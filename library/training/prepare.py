@@ -22,10 +22,12 @@ from library.options import Options
 from library.options.loss_checks import objective_notices, objective_problems
 from library.options.modules import read_settings
 from library.options.specs import PRESERVE, DatasetSpec
+from library.training.expected import untrained
 from library.training.learning_rates import LearningRates, learning_rates
 from library.training.prepare_data import Collector, Data, find_data, inspect_model, process_count
 from library.training.prompts import Prompt, read_prompts
 from library.training.run_settings import MAY_CHANGE, PREDICTION, run_settings
+from library.training.schedules import schedule_settings
 from library.training.start_weights import check_base_weights, check_lora
 from library.training.state import RunState, changes, check_same_run, find_latest, read_state, schedule_total
 from library.training.steps import Clock, PreviewPlan, SavePlan, ValidationPlan, epochs_between_saves, make_clock
@@ -129,6 +131,9 @@ def prepare(options: Options) -> Prepared:
     resume = collect.attempt(lambda: _find_resume(options, notices))
     if model and resume and model.prediction_type is None:
         model = as_probed(model, resume.state)
+    if model and not collect.problems:
+        encoders = len(model.text_encoder_configs)
+        notices += collect.attempt(partial(untrained, options, model, learning_rates(options, encoders))) or ()
     if collect.problems or not (model and data):
         raise UserError(collect.problems, notices)
     plan = data.plan
@@ -170,6 +175,7 @@ def prepare(options: Options) -> Prepared:
         span = schedule_total(resume.state, clock.total_updates, training.resume_schedule)
         _check_patience(options, resume)
         notices += changes(resume.state, may_change, process_count())
+    schedule_settings(options.optimizer, span)
     return Prepared(
         options=options,
         model=model,
@@ -261,6 +267,8 @@ def _check_weights(options: Options, weights: Path, model: ModelInfo) -> None:
             read_weights(weights, f"{where} {weights}")
         return
     module, given = str(network.network_module), options.network_arguments()
+    if network.dim_from_weights:
+        parse_lora(None, None, given, module=module, from_file=True)
     shape = parse_lora(network.network_dim, network.network_alpha, given, module=module)
     trained = learning_rates(options, len(model.text_encoder_configs)).trained
     check_lora(weights, where, model, None if network.dim_from_weights else shape, trained)

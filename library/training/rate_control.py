@@ -99,14 +99,10 @@ class ClassRates:
         Raises:
             UserError: there is no such class, or it refuses its settings.
         """
-        self._optimizer = optimizer
+        self._optimizer, self._name, self._updates = optimizer, name, 0
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
         scheduler_class = _scheduler_class(name)
-        known = [key for key in inspect.signature(scheduler_class).parameters if key != "optimizer"]
-        for key in arguments:
-            if key not in known:
-                advice = nearest(key, known) or f"known are {', '.join(known)}"
-                raise UserError.single("--lr_scheduler_args", f"{name} takes no {key!r}", advice)
+        _check_settings(scheduler_class, name, arguments)
         try:
             self._scheduler = scheduler_class(optimizer, **arguments)
         except Exception as fault:
@@ -117,10 +113,19 @@ class ClassRates:
         return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def before_update(self, updates_done: int) -> None:
-        self._rates = self._set_rates()
+        self._rates, self._updates = self._set_rates(), updates_done + 1
 
     def after_update(self) -> None:
-        self._scheduler.step()
+        """One step of the schedule.
+
+        Raises:
+            UserError: the class can't make it with its settings.
+        """
+        try:
+            self._scheduler.step()
+        except Exception as fault:
+            wrong = f"{self._name} fails with them after step {self._updates}: {type(fault).__name__} {fault}"
+            raise UserError.single("--lr_scheduler_args", wrong, "check them") from fault
 
     def rates(self) -> list[float]:
         return list(self._rates)
@@ -145,6 +150,22 @@ class ClassRates:
         for group, rate in zip(self._optimizer.param_groups, state["rates"], strict=True):
             group["lr"] = rate
         self._rates = self._set_rates()
+
+
+def _check_settings(scheduler_class: Any, name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse settings that a class doesn't take, and the lack of those that it needs."""
+    parameters = list(inspect.signature(scheduler_class).parameters.values())[1:]
+    named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    known = [one.name for one in named]
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    for key in arguments:
+        if key not in known and not takes_any:
+            advice = nearest(key, known) or f"known are {', '.join(known)}"
+            raise UserError.single("--lr_scheduler_args", f"{name} takes no {key!r}", advice)
+    for one in named:
+        if one.default is one.empty and one.name not in arguments:
+            advice = f"add --lr_scheduler_args {one.name}=..."
+            raise UserError.single("--lr_scheduler_args", f"{name} needs {one.name}", advice)
 
 
 def _scheduler_class(name: str) -> Any:

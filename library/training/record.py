@@ -109,15 +109,16 @@ class RunRecord:
 
 
 def _thumbnail(value: str | None) -> str | None:
-    """A data URL as it is; a picture's path becomes one; anything else is left out with a warning."""
+    """A data URL as it is; the path of a picture, which options.logging_checks has looked at, becomes one."""
     if value is None or value.startswith("data:"):
         return value
     path = Path(value)
-    kind = mimetypes.guess_type(path.name)[0] or ""
-    if not path.is_file() or not kind.startswith("image/"):
-        warn(f"--metadata_thumbnail: {value} is no picture that can be read; the file gets none")
+    try:
+        picture = base64.b64encode(path.read_bytes()).decode()
+    except OSError as fault:
+        warn(f"--metadata_thumbnail: {path} can't be read any more, the file gets none: {fault}")
         return None
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return f"data:{mimetypes.guess_type(path.name)[0]};base64,{picture}"
 
 
 def _subset_facts(spec: SubsetSpec, count: int) -> SubsetFacts:

@@ -88,6 +88,17 @@ class RoundedParameters:
         rounded = round_by_chance(values, self._dtype, self._draws(updates_done))
         self._write(rounded)
 
+    @contextmanager
+    def showing_gradients(self) -> Iterator[None]:
+        """While it lasts, the 16-bit parameters have the masters' gradients, in 16 bits, for whoever looks there."""
+        for parameter, master in zip(self._parameters, self.masters, strict=True):
+            parameter.grad = None if master.grad is None else master.grad.to(self._dtype)
+        try:
+            yield
+        finally:
+            for parameter in self._parameters:
+                parameter.grad = None
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for tensor in (*self.masters, *self._parameters):

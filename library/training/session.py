@@ -25,10 +25,11 @@ from library.training.launcher import missing_processes, under_launcher
 from library.training.loading import load_model
 from library.training.loop import Loop, NonFiniteLossError
 from library.training.memory_plan import Prediction, on_device
-from library.training.out_of_memory import NotEnoughMemoryError, explained, is_out_of_memory, shortage
+from library.training.out_of_memory import NotEnoughMemoryError, explained, shortage
 from library.training.phases import Phases
 from library.training.precision import compile_model, settle_model
 from library.training.prepare import Prepared
+from library.training.rehearsal import rehearse
 from library.training.saving import Saver
 from library.training.text import text_source
 from library.training.tracking import Tracker, build_tracker
@@ -119,6 +120,8 @@ def _together(processes: Processes, work: Callable[[], None]) -> None:
 def _set_up(prepared: Prepared, around: Surroundings, ending: ExitStack) -> tuple[Loop, Saver]:
     """Everything that comes before the first step; what has to be undone at the end is left with `ending`."""
     processes, phases, options = around.processes, around.phases, prepared.options
+    with phases.phase("start"):
+        rehearse(prepared, processes.device)
     with phases.phase("model", f"loading {prepared.model.path}"):
         trains_text = any(prepared.rates.text_encoders)
         model = load_model(options, prepared.model, processes, trains_text_encoders=trains_text)
@@ -174,11 +177,8 @@ def _run(loop: Loop, saver: Saver, argv: Sequence[str], around: Surroundings, pr
     except (BadWeightsError, OSError) as fault:
         error(str(fault))
         return 1
-    except LostProcessError:
-        _rescue(loop, first)
-        raise
-    except (MemoryError, RuntimeError) as fault:
-        if is_out_of_memory(fault):
+    except Exception:
+        if not loop.is_saved:
             _rescue(loop, first)
         raise
     finally:

@@ -6,10 +6,11 @@ from pathlib import Path
 from library.errors import Problem, UserError
 from library.models.info import ModelInfo
 from library.options import Options
+from library.options.modules import LYCORIS, find_module
 from networks.blocks import shaped
 from networks.lora_args import LoraArgs
 from networks.lora_file import FileModule, fit, fit_magnitudes
-from networks.lora_header import header_modules
+from networks.lora_header import header_modules, lycoris_modules
 from networks.planned import all_targets
 
 _FAMILY = "use a LoRA of the same model family"
@@ -50,7 +51,11 @@ def check_lora(path: Path, where: str, model: ModelInfo, network: LoraArgs | Non
 
 
 def check_base_weights(options: Options, model: ModelInfo) -> Iterator[Problem]:
-    """What is wrong with `--base_weights`: LoRA files, plain or DoRA, of which every module must be in the model."""
+    """What is wrong with `--base_weights`: files of LoRA, DoRA or LyCORIS, of which every module must be in the model.
+
+    Of LyCORIS' files, which may hold norms and other layers that no LoRA has, only whether any is; the rest is told
+    when the model is there (networks.foreign).
+    """
     files, strengths = options.network.base_weights or (), options.network.base_weights_multiplier or ()
     where = options.where("base_weights")
     if files and len(strengths) > len(files):
@@ -63,6 +68,9 @@ def check_base_weights(options: Options, model: ModelInfo) -> Iterator[Problem]:
             continue
         source = f"{where} {path}"
         try:
+            if found := lycoris_modules(path, source):
+                yield from _lycoris(*found, source, model)
+                continue
             modules = _known_modules(path, source, model, strict=True)
             for target in all_targets(model):
                 if module := modules.get(target.name):
@@ -70,6 +78,15 @@ def check_base_weights(options: Options, model: ModelInfo) -> Iterator[Problem]:
                     fit_magnitudes(module, target, source)
         except UserError as error:
             yield from error.problems
+
+
+def _lycoris(kind: str, names: Collection[str], source: str, model: ModelInfo) -> Iterator[Problem]:
+    if find_module(LYCORIS):
+        yield Problem(source, f"is {kind}, and LyCORIS isn't installed", "pip install 'lorasmith[lycoris]'")
+    known = {target.name for target in all_targets(model)}
+    if known.isdisjoint(names):
+        wrong = f"is {kind}, and none of its {len(names)} modules is in this base model, e.g. {min(names)}"
+        yield Problem(source, wrong, "use a file of the same model family")
 
 
 def _known_modules(path: Path, source: str, model: ModelInfo, *, strict: bool) -> dict[str, FileModule]:

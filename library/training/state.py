@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from library.console import warn
-from library.errors import Problem, UserError
+from library.errors import UserError
+from library.training.same_run import differences
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -27,12 +28,6 @@ _REPLACED = ".replaced"
 _DELETED = ".deleted"
 
 _START_ANEW = "or start from its weights with --network_weights and --initial_step"
-_ADVICE = {
-    "seed": "resume with the seed that the run was started with, or leave --seed out",
-    "data": "resume with the same pictures, captions and dataset settings",
-    "pictures": "their files have changed; resume with those that the run was started with",
-    "base model": "resume on the same base model",
-}
 
 
 @dataclass(frozen=True)
@@ -253,16 +248,7 @@ def check_same_run(state: RunState, settings: Mapping[str, str]) -> None:
     Raises:
         UserError: one problem for each setting that differs.
     """
-    problems = [
-        Problem(
-            f"--resume ({name})",
-            f"the run was started with {state.settings.get(name)!r}, this one has {value!r}",
-            _ADVICE.get(name, f"resume with the same {name}"),
-        )
-        for name, value in settings.items()
-        if state.settings.get(name) != value
-    ]
-    if problems:
+    if problems := list(differences(state.settings, settings)):
         raise UserError(problems)
 
 

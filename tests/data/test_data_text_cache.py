@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+import library.conditioning
 from library.conditioning import Conditioning
 from library.data.caches.text import TextStore
 from library.data.caches.text_files import TextFiles
@@ -59,6 +60,22 @@ def test_conditioning_comes_in_order_and_each_caption_is_encoded_once() -> None:
     store(["", "a"])
     assert encoder.asked == ["b", "a", ""]
     assert store.encodings == 3
+
+
+def test_kept_outputs_reach_a_gpu_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[torch.device] = []
+
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copied.append(device)
+        return tensor
+
+    monkeypatch.setattr(library.conditioning, "to_device", to_device)
+    encoder = Encoder()
+    store = TextStore(encoder, memo_bytes=10 * ONE)
+    store.fill(["a"])
+    copied.clear()
+    assert same(store(["a"]), encoder.expected("a"))
+    assert set(copied) == {torch.device("cpu")}
 
 
 @examples(deadline=None, max_examples=60)

@@ -131,6 +131,23 @@ def unknown_network_module(job: Job) -> list[str]:
     return ["networks.lorra", "networks.lora"]
 
 
+def decay_longer_than_the_run(job: Job) -> list[str]:
+    job.options |= {"--lr_scheduler": "warmup_stable_decay", "--lr_warmup_steps": "2", "--lr_decay_steps": "5"}
+    return ["--lr_decay_steps", "2 steps of warmup", "all 1 steps"]
+
+
+def compiler_that_is_not_here(job: Job) -> list[str]:
+    job.options["--config_file"] = str(job.write("job.toml", 'torch_compile = true\ndynamo_backend = "ipex"\n'))
+    return ["job.toml:2", "ipex", "inductor"]
+
+
+def network_without_a_module(job: Job) -> list[str]:
+    zeros = ",".join("0" * 25)
+    args = f'network_args = ["block_dims={zeros}"]\nnetwork_train_unet_only = true\n'
+    job.options["--config_file"] = str(job.write("job.toml", args))
+    return ["network_args", "nothing is left to train"]
+
+
 CASES = [
     missing_model,
     no_pictures,
@@ -144,6 +161,9 @@ CASES = [
     truncated_base_model,
     resolution_outside_limits,
     unknown_network_module,
+    decay_longer_than_the_run,
+    compiler_that_is_not_here,
+    network_without_a_module,
 ]
 
 

@@ -34,7 +34,7 @@ def test_a_loss_that_is_no_number(tiny_sd1: Path, tmp_path: Path, capfd: pytest.
 def test_a_gradient_that_is_no_number(tiny_sd1: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert train(tiny_sd1, tmp_path, "--network_module", "tests.exploding_lora") == 1
     assert "the gradient of step 1 is nan" in capfd.readouterr().err
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["x.log.jsonl"]
+    assert not list((tmp_path / "output").glob("*"))
 
 
 @pytest.mark.parametrize("more", [(), ("--cache_latents",)])

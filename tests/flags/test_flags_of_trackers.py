@@ -38,6 +38,12 @@ def test_tensorboard(runs: Runs) -> None:
     assert "network_dim: 2\n" in told and "learning_rate: 0.01\n" in told and str(runs.root) not in told
 
 
+def test_norms_of_what_is_trained_in_16_bits(runs: Runs) -> None:
+    ran = runs("--log_norms", "--mixed_precision", "bf16", "--full_bf16", "--max_grad_norm", "0")
+    blocks = [name for name in ran.lines[0] if name.startswith("norm/gradient/")]
+    assert blocks and all(line > 0 for name in blocks for line in ran.logged(name)[-1:])
+
+
 @observes("log_norms")
 def test_norms_per_block(runs: Runs) -> None:
     ran, usual = runs("--log_norms"), runs()
@@ -46,7 +52,9 @@ def test_norms_per_block(runs: Runs) -> None:
     assert len(blocks) > 5 and not [name for name in usual.steps[0] if "norm/weight/" in name]
     for line in ran.steps:
         whole = sum(line[f"norm/gradient/{block}"] ** 2 for block in blocks) ** 0.5
-        assert whole == pytest.approx(line["norm/avg_grad_norm"], rel=1e-4)
+        assert whole == pytest.approx(line["norm/grad_norm"], rel=1e-4)
+        assert 0 < line["norm/avg_grad_norm"] < whole
+        assert 0 < line["norm/avg_key_norm"] < line["norm/avg_combined_norm"]
         assert all(line[f"norm/weight/{block}"] > 0 for block in blocks)
 
 

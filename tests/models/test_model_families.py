@@ -13,6 +13,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
+import library.models.model
+import library.models.sdxl
 from library.conditioning import Conditioning
 from library.models.inspect import inspect
 from library.models.load import load
@@ -123,6 +125,22 @@ def test_the_unet_call_is_the_sdxl_pipeline_s(tiny_sdxl: Path) -> None:
     assert not torch.allclose(unsized[0], found[0], atol=1e-6)
     with pytest.raises(ValueError, match="pooled"):
         model.predict(noisy, times, Conditioning(text.states))
+
+
+def test_a_gpu_is_not_waited_for_to_copy_sizes_and_captions(tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[tuple[int, ...]] = []
+
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copied.append(tuple(tensor.shape))
+        return tensor.to(device)
+
+    monkeypatch.setattr(library.models.model, "to_device", to_device)
+    monkeypatch.setattr(library.models.sdxl, "to_device", to_device)
+    model = load(inspect(str(tiny_sdxl)), with_vae=False)
+    with torch.no_grad():
+        text = model.encode_prompts(["a cat", "a dog"])
+        model.predict(torch.randn(2, 4, 8, 8), torch.tensor([3, 3]), text, torch.zeros(2, 6))
+    assert copied == [(2, 1, 77), (2, 1, 77), (2, 6)]
 
 
 def test_sizes_keep_their_pixels_in_16_bits(tiny_sdxl: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from library.models.families import unet_key_of
 from library.models.lora_targets import targets
-from library.options.modules import LYCORIS_PRESETS
+from library.options.modules import LYCORIS_PRESETS, LYCORIS_UNBOUNDED
 from networks import foreign, lora
 from networks.facade import text_encoder_facade, unet_facade
 from networks.lycoris_presets import PRESETS
@@ -221,8 +221,18 @@ def test_norms_are_bounded_as_asked(algo: str, tiny_sd1: Path) -> None:
         scaled, mean, greatest = attached.network.apply_max_norm_regularization(0.2, torch.device("cpu"))
         assert 0 < float(scaled) <= len(attached.network.loras)
         assert float(mean) * 0.999 <= float(greatest) <= 0.2 * 1.001
-        scaled, *_ = attached.network.apply_max_norm_regularization(0.21, torch.device("cpu"))
+        scaled, *left = attached.network.apply_max_norm_regularization(0.21, torch.device("cpu"))
     assert int(scaled) == 0
+    assert [float(norm) for norm in left] == pytest.approx([float(mean), float(greatest)], rel=1e-3)
+
+
+@pytest.mark.parametrize("algo", LYCORIS_UNBOUNDED)
+def test_norms_that_are_not_bounded_leave_all_as_it_is(algo: str, tiny_sd1: Path) -> None:
+    attached = Attached(tiny_sd1, ALGOS[algo][0])
+    fill(attached.network, 0.5)
+    before = {name: one.clone() for name, one in attached.network.state_dict().items()}
+    assert attached.network.apply_max_norm_regularization(0.2, torch.device("cpu")) == (0, 0.0, 0.0)
+    assert all(torch.equal(one, before[name]) for name, one in attached.network.state_dict().items())
 
 
 @pytest.mark.parametrize("algo", ["locon", "loha", "lokr", "boft", "full", "dora"])
@@ -252,7 +262,7 @@ def test_a_merged_file_acts_as_the_network_does(algo: str, strength: float, tiny
     attached.network.set_multiplier(strength)
     unet, text_encoder = load_unet(tiny_sd1), load_text_encoder(tiny_sd1)
     before = forward(unet, text_encoder)
-    foreign.merge_weights(NAME, path, strength, text_encoder, unet)
+    assert foreign.merge_lycoris(path, strength, text_encoder, unet) == len(attached.network.loras)
     merged = forward(unet, text_encoder)
     assert (merged - before).abs().max() > 1e-3
     torch.testing.assert_close(merged, attached.forward(), rtol=1e-3, atol=1e-4)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from library.options.logging_checks import logged_options, notices, problems, wanted_trackers
 from library.options.model import Model
@@ -75,6 +76,23 @@ def test_good_settings_of_trackers(tmp_path: Path) -> None:
     path = tmp_path / "trackers.toml"
     path.write_text("[tensorboard]\nflush_secs = 3\n[wandb]\nentity = 'me'\n", encoding="utf-8")
     assert said(log_tracker_config=str(path)) == []
+
+
+def test_the_thumbnail_is_a_picture(tmp_path: Path) -> None:
+    def wrong(value: object) -> list[str]:
+        return [str(problem) for problem in problems(Options(output=Output(metadata_thumbnail=str(value))))]
+
+    Image.new("RGB", (4, 3)).save(tmp_path / "small.png")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "small.txt").write_bytes((tmp_path / "small.png").read_bytes())
+    assert wrong(tmp_path / "small.png") == wrong("data:image/png;base64,AAAA") == []
+    advice = "give the path of a PNG, JPEG or WebP, or a data URL"
+    assert wrong(tmp_path / "no.png") == [f"--metadata_thumbnail: there is no file {tmp_path}/no.png; {advice}"]
+    for name in ("text.png", "small.txt"):
+        told = f"--metadata_thumbnail: {tmp_path}/{name} is no picture that can be read; {advice}"
+        assert wrong(tmp_path / name) == [told]
+    (told,) = wrong("iVBORw0KGgo" * 1000)
+    assert "--metadata_thumbnail: " in told and len(told) < 400
 
 
 def test_the_file_of_messages(tmp_path: Path) -> None:

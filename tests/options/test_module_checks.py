@@ -63,11 +63,32 @@ def test_what_does_little_for_oft_is_mentioned() -> None:
     assert not list(module_checks.notices(options("networks.lora", network_train_unet_only=True)))
 
 
-@pytest.mark.parametrize("module", ["networks.lora", "networks.oft", "lycoris.kohya"])
+@pytest.mark.parametrize("module", ["networks.lora", "networks.oft", "lycoris.kohya", "tests.greedy_lora"])
 def test_norms_of_blocks_that_no_module_tells_are_mentioned(module: str) -> None:
     logged = Options(network=Network(network_module=module, network_alpha=1e-3), logging=Logging(log_norms=True))
     told = [line for line in module_checks.notices(logged) if line.startswith("--log_norms")]
-    assert bool(told) == (module != "networks.lora")
+    assert bool(told) == (not module.startswith("networks."))
+
+
+@pytest.mark.parametrize(
+    ("args", "flags", "algo"),
+    [
+        (("algo=GLoRA",), {}, "glora"),
+        (("algo=ia3",), {}, "ia3"),
+        (("algo=full",), {}, "full"),
+        (("algo=dylora",), {}, "dylora"),
+        (("algo=lokr",), {}, None),
+        ((), {}, None),
+        (("algo=ia3",), {"dim_from_weights": True}, None),
+    ],
+)
+def test_norms_that_lycoris_does_not_bound_are_mentioned(
+    args: tuple[str, ...], flags: dict[str, Any], algo: str | None
+) -> None:
+    bounded = options("lycoris.kohya", args, scale_weight_norms=1.0, **flags)
+    told = [line for line in module_checks.notices(bounded) if line.startswith("--scale_weight_norms")]
+    assert [f"algo={algo}," in line for line in told] == ([True] if algo else [])
+    assert not list(module_checks.notices(options("lycoris.kohya", args, **flags)))
 
 
 def test_dylora_is_not_compiled() -> None:

@@ -177,6 +177,13 @@ def test_prompts_of_an_unknown_kind(base: list[str], tmp_path: Path) -> None:
     assert "none of .txt, .toml, .json" in problem
 
 
+def test_what_is_refused_is_not_said_to_have_no_effect_too(base: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse([*base, "--dynamo_backend", "ofi"])
+    (problem,) = caught.value.problems
+    assert str(problem).startswith("--dynamo_backend: ofi can't be used; ") and caught.value.notices == ()
+
+
 def test_ranks_from_weights_and_a_rank(base: list[str], tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"")
     argv = [*base, "--network_weights", f"{tmp_path}/w.safetensors", "--dim_from_weights", "--network_dim", "4"]

@@ -78,3 +78,29 @@ def test_what_has_no_effect_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "--offload_during_sampling: has no effect on a CPU, where everything is in main memory",
     ]
     assert not [*precision_checks.notices(options(xformers=True, fp8_base=True))]
+
+
+@pytest.mark.parametrize(
+    ("backend", "installed", "told"),
+    [
+        ("tvm", (), "--dynamo_backend: tvm needs tvm, which isn't installed; pip install apache-tvm, or use inductor"),
+        ("tvm", ("tvm",), ""),
+        ("onnxrt", (), "--dynamo_backend: this torch has no onnxrt; use inductor"),
+        (
+            "onnxrt",
+            ("torch.onnx._internal.onnxruntime", "onnxscript"),
+            "--dynamo_backend: onnxrt needs onnxruntime, which isn't installed; pip install "
+            "onnxruntime-training, or use inductor",
+        ),
+        ("ipex", (), "--dynamo_backend: ipex needs intel_extension_for_pytorch, which isn't installed"),
+        ("inductor", (), ""),
+        ("aot_eager", (), ""),
+    ],
+)
+def test_what_compilers_lack_is_told_without_torch(
+    backend: str, installed: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision_checks, "find_module", lambda name: None if name in installed else f"no {name}")
+    found = [str(one) for one in precision_checks.problems(options(torch_compile=True, dynamo_backend=backend))]
+    assert len(found) == bool(told) and all(one.startswith(told) for one in found), found
+    assert not [*precision_checks.problems(options(dynamo_backend=backend))]

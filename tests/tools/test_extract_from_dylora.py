@@ -131,7 +131,7 @@ def test_our_network_and_diffusers_load_a_cut_file(trained: Path, tiny_sd1: Path
     torch.testing.assert_close(forward(unet, text_encoder), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_alphas_of_lycoris_stay_and_torch_files_work(tmp_path: Path) -> None:
+def test_alphas_of_lycoris_stay_and_torch_files_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = {
         "lora_unet_x.lora_down.weight": torch.randn(4, 3),
         "lora_unet_x.lora_up.weight": torch.randn(3, 4),
@@ -143,8 +143,10 @@ def test_alphas_of_lycoris_stay_and_torch_files_work(tmp_path: Path) -> None:
     cut = torch.load(tmp_path / "b-0002.pt", weights_only=True)
     assert cut["lora_unet_x.alpha"] == 2.0
     assert not (tmp_path / "b-0001.pt").exists()
+    assert "metadata" not in capsys.readouterr().err
     torch.save(tensors, tmp_path / "c.ckpt")
     assert extract("--model", tmp_path / "c.ckpt", "--save_to", tmp_path / "d.safetensors") == 0
+    assert "c.ckpt: its metadata don't say how it was trained" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.glob("d-*")) == [f"d-000{rank}.safetensors" for rank in (1, 2, 3)]
 
 
@@ -168,6 +170,38 @@ def test_what_it_cannot_cut_is_one_line(
     assert extract("--model", model, "--save_to", tmp_path / "cut.safetensors", *words) == 2
     assert says in capsys.readouterr().err
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "words", "says"),
+    [
+        ("networks.lora", {}, [], "was trained by networks.lora"),
+        ("networks.lora_fa", {"unit": "2"}, ["--unit", "2"], "was trained by networks.lora_fa"),
+        ("lycoris.kohya", {"algo": "LoCon"}, [], "was trained by lycoris.kohya algo=locon"),
+        ("lycoris.kohya", {}, [], "was trained by lycoris.kohya algo=lora"),
+        ("lycoris.kohya", {"algo": "dylora"}, ["--unit", "2"], "units of 4"),
+        ("networks.dylora", {"unit": "2"}, ["--unit", "3"], "3, but the file was trained in units of 2"),
+        ("networks.dylora", {"unit": "4"}, ["--unit", "2"], "2, but the file was trained in units of 4"),
+        ("networks.dylora", {}, ["--unit", "3"], None),
+        ("networks.dylora", {"unit": "2"}, ["--unit", "4"], None),
+    ],
+)
+def test_what_contradicts_the_metadata_is_refused(
+    module: str,
+    args: dict[str, str],
+    words: list[str],
+    says: str | None,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = {"ss_network_module": module, "ss_network_args": json.dumps(args)}
+    save_file(load_file(trained), trained, told)
+    assert extract("--model", trained, "--save_to", tmp_path / "cut.safetensors", *words) == (2 if says else 0)
+    error = capsys.readouterr().err
+    assert (says or "rank") in error
+    assert "metadata" not in error
+    assert bool(list(tmp_path.glob("cut*"))) == (says is None)
 
 
 def test_help_needs_no_torch() -> None:

@@ -4,9 +4,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
+from library.training import distributed
+from library.training.distributed import Processes
 from tests.programs import ROOT, environment
 
 SUMS = """
@@ -59,6 +64,33 @@ def test_sums_and_exchanges(tmp_path: Path) -> None:
     done = two(tmp_path, SUMS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine") == 2
+
+
+class NothingMadeThere(TorchFunctionMode):
+    """Numbers that torch itself puts on a device stall a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor) or "device" not in (kwargs or {}), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_summed_goes_to_the_device_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the sum over two processes that have the same."""
+    copies: list[int] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(2))
+
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copies.append(len(tensor))
+        return tensor
+
+    monkeypatch.setattr(distributed, "to_device", to_device)
+    one, other = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))
+    one.grad = torch.tensor([1.0, 2.0])
+    with NothingMadeThere():
+        numbers = Processes(0, 2, torch.device("cpu")).sum_gradients([one, other], [torch.tensor(1.5), 0.0, 1.0])
+    assert [float(number) for number in numbers] == [3, 0, 2]
+    assert one.grad.tolist() == [2, 4] and other.grad is None
+    assert copies == [5], "two numbers and a place for the loss, and for each parameter whether it has a gradient"
 
 
 @pytest.mark.parametrize("wait", ["processes.sum_gradients([parameter], [1.0])", "processes.wait()"])

@@ -187,10 +187,54 @@ def test_rates_of_0_before_and_after_the_curve_leave_finite_weights(name: str) -
             {"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("stepsize=2",)},
             "takes no 'stepsize'; did you mean step_size?",
         ),
-        ({"lr_scheduler_type": "StepLR"}, "StepLR refuses them: "),
+        ({"lr_scheduler_type": "StepLR"}, "StepLR needs step_size; add --lr_scheduler_args step_size=..."),
+        (
+            {"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=0.01", "total_steps=-1")},
+            "--lr_scheduler_args: OneCycleLR refuses them: ",
+        ),
     ],
 )
 def test_schedules_that_can_not_be_made(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         build_rates(_built(Problem("x")), schedule_settings(Optimizer(**flags), TOTAL))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "step", "why"),
+    [
+        ("CosineAnnealingLR", ("T_max=abc",), 1, "TypeError"),
+        ("StepLR", ("step_size=0",), 1, "ZeroDivisionError"),
+        ("OneCycleLR", ("max_lr=0.01", "total_steps=2"), 3, "ValueError Tried to step 3 times"),
+    ],
+)
+def test_a_step_that_a_schedule_can_not_make_is_told(
+    name: str, arguments: tuple[str, ...], step: int, why: str
+) -> None:
+    flags = Optimizer(lr_scheduler_type=name, lr_scheduler_args=arguments)
+    problem = Problem("x")
+    built = _built(problem)
+    rates = build_rates(built, schedule_settings(flags, TOTAL))
+    _updates(problem, built, rates, 0, step - 1)
+    with pytest.raises(UserError) as caught:
+        _updates(problem, built, rates, step - 1, step)
+    assert f"--lr_scheduler_args: {name} fails with them after step {step}: {why}" in str(caught.value)
+
+
+class AnySettings(torch.optim.lr_scheduler.LRScheduler):
+    """Halves the rate after so many steps; its first parameter has another name, its settings have none."""
+
+    def __init__(self, which: torch.optim.Optimizer, **settings: int) -> None:
+        self.after = settings["after"]
+        super().__init__(which)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        return [base * (0.5 if self.last_epoch >= self.after else 1) for base in self.base_lrs]
+
+
+def test_a_class_that_takes_any_setting_gets_it() -> None:
+    flags = Optimizer(lr_scheduler_type=f"{__name__}.AnySettings", lr_scheduler_args=("after=2",))
+    problem = Problem("x")
+    built = _built(problem)
+    used = _updates(problem, built, build_rates(built, schedule_settings(flags, TOTAL)), 0, 4)
+    assert [rates[0] for rates in used] == [0.01, 0.01, 0.005, 0.005]

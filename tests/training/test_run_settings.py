@@ -1,5 +1,7 @@
 """Which flags a resumed run must share: every one is classified, and each kind is seen to work."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from library.options import parse
 from library.options.registry import FLAGS
 from library.training.prepare import prepare
 from library.training.run_settings import CLASSIFIED, IRRELEVANT, MAY_CHANGE, MUST_BE_EQUAL, TOTAL
+from library.training.same_run import differences
 from tests.pictures import make_pictures
 
 KINDS = {"must be equal": set(MUST_BE_EQUAL), "may change": set(MAY_CHANGE), "irrelevant": set(IRRELEVANT)}
@@ -71,6 +74,48 @@ def test_what_would_make_another_run_changes_a_setting(
     first, _ = settings()
     second, _ = settings(*line.split())
     assert first[setting] != second[setting]
+
+
+@pytest.mark.parametrize(
+    ("started", "line", "told"),
+    [
+        ("", "--network_alpha 2", "--resume (network): alpha was 1, now 2; resume with the same network"),
+        ("", "--network_dim 8 --network_dropout 0.1", "dim was none, now 8, dropout was none, now 0.1; "),
+        ("--network_args conv_dim=4", "--network_args conv_dim=8", "(network): --network_args conv_dim was 4, now 8; "),
+        ("--network_args conv_dim=4", "", "(network): --network_args conv_dim was 4, now none; "),
+        ("--network_args dropout=0.1", "--network_args dropout=0.1 --network_dropout 0.2", " dropout was none, now "),
+        ("", "--network_train_unet_only", "parts were unet and text_encoder, now unet, text encoders were trained, n"),
+        ("", "--train_batch_size 3", "the run was started with 1, this one has 3; resume with the same batch size"),
+        ("", "--flip_aug", "--resume (data): names, sizes, repeats or captions of pictures, buckets, or settings of"),
+        ("", "--optimizer_type Lion", "--resume (optimizer): the run was started with AdamW, this one has Lion; "),
+        ("--optimizer_type Lion", "", "--resume (optimizer): the run was started with Lion, this one has AdamW; "),
+    ],
+)
+def test_the_refusal_says_what_differs_and_shows_no_hash(
+    settings: Callable[..., tuple[dict[str, str], dict[str, str]]], started: str, line: str, told: str
+) -> None:
+    first, _ = settings(*started.split())
+    second, _ = settings(*line.split())
+    (problem,) = differences(first, second)
+    assert told in str(problem)
+    assert not re.search(r"[0-9a-f]{16}", str(problem)) and "{" not in str(problem)
+    assert not list(differences(first, first))
+
+
+def test_files_are_told_of_in_words(settings: Callable[..., tuple[dict[str, str], dict[str, str]]]) -> None:
+    now, _ = settings()
+    network = json.loads(now["network"])
+    started = now | dict.fromkeys(("pictures", "base model", "base weights"), "0123456789abcdef")
+    started["network"] = json.dumps(network | {"dim_from_weights": "0123456789abcdef"})
+    of_weights = now | {"network": json.dumps(network | {"dim_from_weights": "fedcba9876543210"})}
+    told = [str(problem) for problem in differences(started, of_weights)]
+    assert [line.partition(")")[0] for line in told] == [
+        f"--resume ({name}" for name in ("base model", "base weights", "network", "pictures")
+    ]
+    assert "the file of --dim_from_weights is another one; " in told[2]
+    assert not any("0123456789abcdef" in line for line in told)
+    (problem,) = differences(now, of_weights)
+    assert "(network): --dim_from_weights was not given, now it is; " in str(problem)
 
 
 @pytest.mark.parametrize(
