@@ -12,9 +12,8 @@ from library.errors import Problem, UserError
 from library.options import values
 from library.options.block_lists import BlockWeights
 from library.options.flags import Flag
-from library.options.modules import MODULE_ARGS, read_settings
+from library.options.modules import read_settings
 
-KNOWN = tuple(MODULE_ARGS["networks.lora"])
 _DEFAULT_DIM = 4
 _NONE: Mapping[str, None] = {"None": None}
 _DIM = Flag("network_dim", "int", limits=(("ge", 1),), synonyms=_NONE)

@@ -28,10 +28,13 @@ def mend(module: ModuleType) -> None:
 
 
 def _random_block(layer: Any) -> Any:
-    """What a `dylora` layer uses in this forward: the ranks up to a random block, which alone has gradients.
+    """What a `dylora` layer uses in this forward: the ranks up to a random block, which alone has gradients; all ranks
+    where nothing is trained.
 
     Drawn from torch's generator instead of Python's, which gradient checkpointing does not wind back.
     """
+    if not layer.training:
+        return layer.get_weight((layer.block_count - 1) * layer.block_size)
     return layer.get_weight(int(torch.randint(layer.block_count, ())) * layer.block_size)
 
 

@@ -1,8 +1,8 @@
 """Sizes of what networks add, by module and by block, for logs and `--scale_weight_norms`.
 
 Those of LoRAs come from matrices as small as the rank: the product up @ down is never made. With D = scale * up @ down,
-||D||^2 is the sum of (up^T up) * (down down^T), and a row's square follows from the same products. Layers of one shape
-are computed together. Nothing waits for the device: all results are tensors there.
+||D||^2 is the sum of (up^T up) * (down down^T), and a row's square follows from the same products. Products of
+layers of one shape are made together. Nothing waits for the device: all results are tensors there.
 """
 
 from collections.abc import Iterable, Sequence
@@ -55,7 +55,7 @@ def combined_norms(layers: Sequence[LoraLayer]) -> Tensor:
 
 
 def limit_norms(layers: Sequence[LoraLayer], limit: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Shrink both factors of every layer whose ||D|| is above `limit` so that it is `limit`.
+    """Shrink both factors of every layer whose ||D|| is above `limit` so that it is `limit`; frozen ones stay.
 
     Returns how many were, and the mean and the largest norm afterwards, each 0-d. Source: sd-scripts'
     `--scale_weight_norms`, where norms below half the limit count as that half.
@@ -66,6 +66,8 @@ def limit_norms(layers: Sequence[LoraLayer], limit: float) -> tuple[Tensor, Tens
         ratios = counted.clamp(max=limit) / counted
         roots = ratios.sqrt()
         for layer, root in zip(layers, roots.unbind(), strict=True):
+            if not layer.lora_up.weight.requires_grad:
+                continue
             layer.lora_down.weight.mul_(root)
             layer.lora_up.weight.mul_(root)
         after = norms * ratios

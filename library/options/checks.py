@@ -219,7 +219,8 @@ def _notices(options: Options) -> Iterator[str]:
         yield f"{options.where('text_encoder_lr')}: has no effect with --network_train_unet_only"
     if options.training.resume_schedule is not None and options.training.resume is None:
         yield f"{options.where('resume_schedule')}: has no effect without --resume"
-    if "text_memo_mb" in options.explicit and _text_encoders_train(options):
+    always = options.training.stop_text_encoder_training == 0
+    if "text_memo_mb" in options.explicit and _text_encoders_train(options) and always:
         yield f"{options.where('text_memo_mb')}: has no effect while text encoders are trained"
     sampling = options.sampling
     if sampling.sample_prompts and not (

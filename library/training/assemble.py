@@ -171,6 +171,7 @@ def assemble(
         learner.evaluating,
         saved,
         around.compiling.news if around.compiling else None,
+        0 if resume else prepared.first_update,
     )
     loop = Loop(
         _loop_settings(prepared),

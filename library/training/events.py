@@ -29,6 +29,7 @@ class Events:
         validate: the loss on held-out pictures; every process calls it.
         news: a line to say after an update, if there is one; None for never.
         saved: (updates done, stem) of each file so far.
+        first: updates that count as done where the run began (`--initial_step`): nothing was trained before.
         evaluating: a context in which the weights are those that a file would hold.
     """
 
@@ -47,6 +48,7 @@ class Events:
     evaluating: Callable[[], AbstractContextManager[None]]
     saved: list[tuple[int, str]] = field(default_factory=list)
     news: Callable[[], str | None] | None = None
+    first: int = 0
 
     def are_due(self, updates_done: int) -> bool:
         """Whether anything but logging follows this update."""
@@ -91,7 +93,7 @@ class Events:
     def has_looked(self, updates_done: int) -> bool:
         """Whether nothing is to be looked at where a run starts or goes on: not due, or done before it stopped."""
         due = self.validate is not None and self.validations.due(updates_done, self.clock)
-        return not due or self.watch.knows(updates_done)
+        return not due or self.watch.knows(updates_done if updates_done > self.first else 0)
 
     def look(self, updates_done: int) -> bool:
         """The loss on held-out pictures, if due: logged, told, the best weights kept. True if it is time to stop."""
@@ -100,18 +102,19 @@ class Events:
             return False
         with self.evaluating():
             result = self.validate()
-        verdict = self.watch.validated(updates_done, result.loss)
-        said = f" (training {self.average.average:.4f})" if updates_done else ""
-        best = ", the best so far" if verdict.best and updates_done else ""
+        is_trained = updates_done > self.first
+        verdict = self.watch.validated(updates_done if is_trained else 0, result.loss)
+        said = f" (training {self.average.average:.4f})" if is_trained else ""
+        best = ", the best so far" if verdict.best else ""
         say(f"validation at step {updates_done}: loss {result.loss:.4f}{said}{best}")
         for kind in due:
             values = {f"loss/validation/{kind}_average": result.loss}
             values |= {f"loss/validation/{kind}_subset/{name}": loss for name, loss in result.by_subset.items()}
             values |= {f"loss/validation/{kind}_band/{name}": loss for name, loss in result.by_band.items()}
-            if updates_done:
+            if is_trained:
                 values[f"loss/validation/{kind}_divergence"] = result.loss - self.average.average
             at = updates_done if kind == "step" else -(-updates_done // self.clock.updates_per_epoch)
             self.tracker.log(values, at)
-        if verdict.best and updates_done:
+        if verdict.best:
             self.save_all([self.saves.best], updates_done)
         return verdict.stop

@@ -89,6 +89,10 @@ class _Made:
     rates: dict[str, float]
 
 
+def _unseen(**_: object) -> None:
+    """Shows nothing of a reading."""
+
+
 class Loop:
     """State of a run that lives from update to update; `run` goes on until the end or until told to stop.
 
@@ -129,6 +133,9 @@ class Loop:
         """
         clock = self.settings.clock
         self.interrupt.defer()
+        steps = self.settings.text_encoder_steps
+        if steps is not None and self.updates_done > steps:
+            self._freeze_text_encoders()
         if self.updates_done == 0:
             self.events.draw(0)
         if not self.events.has_looked(self.updates_done) and self.events.look(self.updates_done):
@@ -158,11 +165,21 @@ class Loop:
         try:
             yield from self.loader.epoch(epoch, index)
         except UserError:
+            self.catch_up()
             if self.updates_done and self.processes.is_main:
                 self.events.save_all([self.events.saves.on_stop(self.updates_done)], self.updates_done)
                 self.is_saved = True
                 say(f"the work up to step {self.updates_done} is saved; with other pictures, --network_weights goes on")
             raise
+
+    def catch_up(self) -> None:
+        """Look at all numbers so far, before something is saved.
+
+        Raises:
+            NonFiniteLossError: an update was broken.
+        """
+        for reading in self._readings.all():
+            self._read(reading, _unseen)
 
     def _update(self, group: Sequence[Batch]) -> None:
         """One optimizer step over a group of micro-batches. What it shows is put into the readings."""
@@ -211,7 +228,7 @@ class Loop:
             self.trainable.freeze_text_encoders()
             memo, device = self.settings.text_memo_bytes, self.processes.device
             self.denoising.encode = FrozenText(self.denoising.encode, self.trainable, memo, device)
-            say(f"the text encoders are trained no more, after step {self.updates_done}")
+            say(f"the text encoders are trained no more, after step {self.settings.text_encoder_steps}")
 
     def _micro_step(self, batch: Batch, group_size: int) -> torch.Tensor:
         """Forward and backward of this process's samples; returns their part of the update's loss, 0-d."""
@@ -301,7 +318,11 @@ class Loop:
         asked = (told or self._save_wanted) and not finished and not self.stopped_early
         if asked and not any(save.kind == "step" and save.state for save in saves):
             wanted = events.saves.on_stop(done) if told else events.saves.on_request(done)
-            due = [replace(save, state=True) for save in saves if save.kind == "step"]
+            due = [
+                replace(save, state=True, expired_states=save.expired_states if save.state else ())
+                for save in saves
+                if save.kind == "step"
+            ]
             saves = [save for save in saves if save.kind != "step"] + (due or [wanted])
         self._save_wanted = False
         events.save_all(saves, done)

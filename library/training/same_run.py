@@ -38,7 +38,7 @@ def differences(started: Mapping[str, str], now: Mapping[str, str]) -> Iterator[
     if _BATCH in differing and "data" in differing:
         differing.remove("data")
     for name in differing:
-        wrong = _IN_WORDS.get(name) or _changed(started.get(name), now[name])
+        wrong = _IN_WORDS.get(name) or _changed(started.get(name), now[name]) or "it was written by another version"
         yield Problem(f"--resume ({name})", wrong, _ADVICE.get(name, f"resume with the same {name}"))
 
 

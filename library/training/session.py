@@ -179,7 +179,7 @@ def _run(loop: Loop, saver: Saver, argv: Sequence[str], around: Surroundings, pr
         return 1
     except Exception:
         if not loop.is_saved:
-            _rescue(loop, first)
+            _rescue(loop, first, around.phases)
         raise
     finally:
         loop.loader.close()
@@ -188,15 +188,23 @@ def _run(loop: Loop, saver: Saver, argv: Sequence[str], around: Surroundings, pr
     return exit_code
 
 
-def _rescue(loop: Loop, first: int) -> None:
-    """Save what was trained, as after a stop, where the run can't go on but its weights are whole."""
-    done = loop.updates_done
-    if not loop.is_whole or done <= first:
+def _rescue(loop: Loop, first: int, phases: Phases) -> None:
+    """Save what was trained, as after a stop, where the run can't go on but its weights are whole.
+
+    Whatever goes wrong here, the error that ended the run is the one to be told.
+    """
+    done, failed = loop.updates_done, phases.failed
+    if done <= first:
+        return
+    if not loop.is_whole:
+        warn(f"step {done + 1} was not finished, so that the work since the last save is lost")
         return
     try:
+        loop.catch_up()
         loop.events.save_all([loop.events.saves.on_stop(done)], done)
-    except (MemoryError, RuntimeError, OSError, BadWeightsError) as fault:
+    except Exception as fault:
         warn(f"the work up to step {done} could not be saved: {fault}")
+    phases.failed = failed
 
 
 def _tell_end(

@@ -50,11 +50,6 @@ class RunState:
     watch: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run had done all its steps."""
-        return self.updates_done >= self.total_updates
-
 
 class UnstorableStateError(Exception):
     """An optimizer or schedule keeps objects that can't be read back without running code; nothing was written."""

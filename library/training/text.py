@@ -55,26 +55,26 @@ def text_source(prepared: Prepared, model: Model, processes: Processes) -> tuple
 
 
 class FrozenText:
-    """Conditioning from text encoders whose training has ended: each caption is encoded once for each strength of the
-    network, without dropout."""
+    """Conditioning from text encoders whose training has ended: each caption is encoded once, without dropout, for each
+    strength of the network, and apart from that for looking at held-out pictures, where schedule-free optimizers show
+    other weights. All of it shares one memo."""
 
     def __init__(self, encode: Encode, trainable: Trainable, memo_bytes: int, device: torch.device) -> None:
         self._encode, self._trainable = encode, trainable
-        self._memo_bytes, self._device = memo_bytes, device
-        self._stores: dict[float, TextStore] = {}
+        self._store = TextStore(self._alone, memo_bytes=memo_bytes, device=device)
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:
         """The conditioning of captions at the network's present strength."""
-        strength = self._trainable.multiplier
-        if strength not in self._stores:
-            self._stores[strength] = TextStore(self._alone, memo_bytes=self._memo_bytes, device=self._device)
-        return self._stores[strength](captions)
+        state = f"{self._trainable.multiplier} {self._trainable.is_training}\0"
+        return self._store([state + caption for caption in captions])
 
-    def _alone(self, captions: Sequence[str]) -> Conditioning:
+    def _alone(self, named: Sequence[str]) -> Conditioning:
+        """Captions behind the state that the network is in. Draws of networks that aren't ours move nothing."""
         was_training = self._trainable.is_training
         self._trainable.train(False)
         try:
-            return self._encode(captions)
+            with torch.random.fork_rng():
+                return self._encode([name.partition("\0")[2] for name in named])
         finally:
             self._trainable.train(was_training)
 

@@ -110,7 +110,7 @@ class Watch:
         A step that was entered already, by the run that this one goes on from, changes nothing.
         """
         if self.knows(step):
-            return Verdict(best=self.best == (step, loss), stop=self._out_of_patience)
+            return Verdict(best=self.best == (step, loss), stop=self.is_exhausted)
         self._looked = step
         if step == 0:
             self._untrained = loss if math.isfinite(loss) else None
@@ -122,11 +122,7 @@ class Watch:
             self._validations.append((step, loss))
         elif self._broken is None:
             self._broken = step
-        return Verdict(best=better, stop=self._out_of_patience)
-
-    @property
-    def _out_of_patience(self) -> bool:
-        return self.patience is not None and self._worse >= self.patience
+        return Verdict(best=better, stop=self.is_exhausted)
 
     def advice(self, saves: Sequence[tuple[int, str]]) -> list[str]:
         """What the curves say, in lines for the end of a run; `saves` are (step, name of a file that is there)."""

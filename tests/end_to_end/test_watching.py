@@ -288,6 +288,19 @@ def test_a_start_in_the_middle(
     assert names == expected
 
 
+def test_what_is_seen_before_a_start_in_the_middle_is_the_base_models(
+    tiny_sd1: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--validation_split", "0.3", "--initial_epoch", "2", "--max_train_epochs", "2")
+    assert main(arguments(tiny_sd1, pictures, tmp_path, *flags)) == 0
+    first, *_ = [line for line in capfd.readouterr().err.splitlines() if "validation at step" in line]
+    assert "(training" not in first and "best" not in first
+    assert len(logged(tmp_path, "loss/validation/epoch_divergence")) == 1
+    steps = logged(tmp_path, "loss/current")
+    with safe_open(tmp_path / "run-best.safetensors", "np") as file:
+        assert int(file.metadata()["ss_steps"]) in steps
+
+
 def test_weights_of_a_step_go_on_where_they_were(tiny_sd1: Path, pictures: Path, tmp_path: Path) -> None:
     flags = ("--max_train_steps", "8", "--lr_scheduler", "linear", "--flip_aug")
     whole, part = tmp_path / "whole", tmp_path / "part"

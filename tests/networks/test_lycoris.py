@@ -196,6 +196,16 @@ def test_a_base_in_bfloat16_works_under_autocast(algo: str, tiny_sd1: Path) -> N
     assert {one.dtype for one in gradients} == {torch.float32}
 
 
+def test_dylora_draws_nothing_where_nothing_is_trained(tiny_sd1: Path) -> None:
+    attached = Attached(tiny_sd1, ALGOS["dylora"][0])
+    fill(attached.network)
+    attached.network.train(False)
+    first = attached.forward()
+    assert torch.equal(forward(attached.unet, attached.text_encoder), first)
+    attached.network.train(True)
+    assert not torch.equal(attached.forward(), first)
+
+
 @pytest.mark.parametrize("args", [ALGOS["dylora"][0], {"algo": "locon", "dropout": "0.3", "module_dropout": "0.3"}])
 def test_gradient_checkpointing_recomputes_the_same(args: dict[str, str], tiny_sdxl: Path) -> None:
     attached = Attached(tiny_sdxl, {"preset": "unet-only", **args})

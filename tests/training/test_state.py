@@ -190,10 +190,6 @@ def test_numbers_and_containers_of_other_packages_come_back(tmp_path: Path) -> N
     assert found["state"][0]["a"].dtype == torch.bfloat16
 
 
-def test_a_finished_run_is_known(tmp_path: Path) -> None:
-    assert make(12).is_finished and not make(11).is_finished
-
-
 def test_another_number_of_processes_is_said() -> None:
     assert changes(make(), {"learning_rate": "0.1"}, 2) == []
     (line,) = changes(make(), {"learning_rate": "0.1"}, 1)
