@@ -57,3 +57,10 @@ class AttachedLayer(nn.Module):
     def _is_frozen_plain(self) -> bool:
         """Whether the frozen module is torch's own and nothing of it trains, so that its kernel may be called here."""
         return self._forward_was_plain and not self.base.weight.requires_grad
+
+
+def loaded(taken: int, present: int, held: int, file: object) -> str:
+    """What a network says when it has taken over modules of a file: how many of its own, and how many it left out."""
+    left_out = held - taken
+    more = f", {left_out} of its modules are not in this network" if left_out else ""
+    return f"{taken} of {present} modules loaded from {file}{more}"

@@ -16,6 +16,7 @@ from library.models.families import UnetBlocks, unet_blocks_of, unet_key_of
 from library.models.lora_targets import LoraTarget, targets
 from library.weights.save import save_lora
 from networks import norms
+from networks.attached import loaded
 from networks.blocks import owner as owner_of
 from networks.blocks import shaped
 from networks.dora import DoraLayer
@@ -126,10 +127,7 @@ class LoraNetwork(nn.Module):
         for layer in self.layers:
             if layer.target.name in matching:
                 _complete(layer, matching[layer.target.name])
-        left_out = len(modules) - len(matching)
-        return f"{len(matching)} of {len(present)} modules loaded from {file}" + (
-            f", {left_out} of its modules are not in this network" if left_out else ""
-        )
+        return loaded(len(matching), len(present), len(modules), file)
 
     def merge_to(
         self,

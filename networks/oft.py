@@ -22,6 +22,7 @@ from library.options.modules import read_settings
 from library.weights.files import read_tensors
 from library.weights.save import save_lora
 from networks import norms
+from networks.attached import loaded
 from networks.oft_layers import OftLayer
 from networks.oft_targets import PREFIX, oft_targets, problems
 
@@ -93,10 +94,7 @@ class OftNetwork(nn.Module):
             _check_shape(present[name].target, tensors, present[name].blocks, file)
             state |= {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
         self.load_state_dict(state, strict=False)
-        left_out = len(held) - len(matching)
-        return f"{len(matching)} of {len(present)} modules loaded from {file}" + (
-            f", {left_out} of its modules are not in this network" if left_out else ""
-        )
+        return loaded(len(matching), len(present), len(held), file)
 
     def merge_to(
         self,

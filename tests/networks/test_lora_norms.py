@@ -62,6 +62,19 @@ def test_what_is_small_enough_stays_bit_for_bit(unet: nn.Module, text_encoder: n
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
+def test_what_is_frozen_stays_although_it_is_too_large(unet: nn.Module, text_encoder: nn.Module) -> None:
+    network = filled(unet, text_encoder)
+    frozen = [layer for layer in network.layers if layer.target.part == "text_encoder"]
+    for layer in frozen:
+        layer.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.apply_max_norm_regularization(1e-3)
+    names = {layer.target.name for layer in frozen}
+    for name, tensor in network.state_dict().items():
+        stays = name.partition(".")[0] in names or name.endswith("alpha")
+        assert torch.equal(tensor, before[name]) == stays, name
+
+
 def test_means_over_modules_are_those_of_dense_matrices(unet: nn.Module, text_encoder: nn.Module) -> None:
     network = filled(unet, text_encoder)
     assert network.mean_norms(True) == {}

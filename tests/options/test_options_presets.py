@@ -150,3 +150,13 @@ def test_the_printed_command_gives_the_same_options(
     assert printed[:3] == ["accelerate", "launch", "train_network.py"]
     again, before = parse(printed[3:]).effective(), parse(arguments(config, *words)).effective()
     assert {**again, "preset": None, "config_file": None} == {**before, "preset": None, "config_file": None}
+
+
+def test_a_start_from_a_file_gives_way_to_a_resume_and_a_typed_one_does_not(config: Path, tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("initial_step = 3\n", encoding="utf-8")
+    words = ("--resolution", "512", "--resume", "latest")
+    said = parse(arguments(config, *words, "--config_file", str(file))).notices
+    assert [line for line in said if "initial_step: has no effect with --resume" in line]
+    with pytest.raises(UserError, match="--initial_step: can't be combined with --resume"):
+        parse(arguments(config, *words, "--initial_step", "3"))

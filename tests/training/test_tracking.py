@@ -203,6 +203,9 @@ def test_a_tracker_that_fails_ends_no_run(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_average_is_that_of_the_last_epoch_of_updates() -> None:
+    late = LossAverage(4)
+    assert [late.add(update, float(update)) for update in (3, 4, 5, 6, 7)] == [3.0, 3.5, 4.0, 4.5, 5.5]
+    assert LossAverage(4, LossAverage(4, (None, 2.0)).losses).average == 2.0
     average = LossAverage(3, (1.0,))
     assert [average.add(step, loss) for step, loss in ((2, 3.0), (3, 5.0), (4, 4.0))] == [2.0, 3.0, 4.0]
     assert average.losses == [4.0, 3.0, 5.0]
