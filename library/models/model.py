@@ -20,6 +20,7 @@ from library.models.checkpointing import checkpoint_text_encoder, checkpoint_une
 from library.models.compiling import compile_blocks, uncompiled
 from library.models.families import Part, PredictionType
 from library.models.info import ModelInfo
+from library.models.joined import Vectors, checked, join, token_embedding
 from library.models.memory import give_back
 from library.models.offload import KeptInRam
 from library.models.parts import load_part
@@ -27,6 +28,7 @@ from library.models.prompts import TextStates, encode_rows, token_rows, weighted
 from library.models.schedule import alphas_cumprod
 from library.to_device import to_device
 from library.tokenizer import WORDS
+from library.tokenizer.vocabulary import PLAIN, Vocabulary
 
 if TYPE_CHECKING:
     from library.models.preview import PreviewPipeline
@@ -44,6 +46,7 @@ class Model(ABC):
         zero_terminal_snr: the schedule ends in pure noise.
         prediction_type: "epsilon" or "v_prediction".
         vae: None after `release_vae`; text_encoders: () after `release_text_encoders`.
+        vocabulary: what captions' words are looked up in: CLIP's own, until `join_embeddings`.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class Model(ABC):
         self._checkpointing: int | None = None
         self._kept_text: KeptInRam | None = None
         self._ids: dict[str, str] = {}
+        self.vocabulary: Vocabulary = PLAIN
+        self._joined: Vectors = ((),) * len(self.text_widths)
 
     @property
     def base_model_version(self) -> str:
@@ -154,10 +159,10 @@ class Model(ABC):
             self._kept_text.bring()
         weights = None
         if self.weighted:
-            rows, weights = weighted_rows(captions, self.max_words, pad_id)
+            rows, weights = weighted_rows(captions, self.max_words, pad_id, self.vocabulary)
             weights = to_device(weights, self.device)
         else:
-            rows = token_rows(captions, self.max_words, pad_id)
+            rows = token_rows(captions, self.max_words, pad_id, self.vocabulary)
         rows = to_device(rows, self.device)
         with self._autocast():
             return encode_rows(encoder, rows, layer, norm=norm, weights=weights), rows
@@ -251,6 +256,7 @@ class Model(ABC):
             in_ram = self._text_in_ram
             parts = [encoder.part for encoder in self.family.text_encoders]
             self.text_encoders = tuple(self._load(part, self.dtype, in_ram=in_ram) for part in parts)
+            self._join()
             for text_encoder in self.text_encoders:
                 if self._text_in_fp8:
                     fp8.store(text_encoder)
@@ -264,6 +270,33 @@ class Model(ABC):
         self.text_encoders, self._kept_text = (), None
         give_back(self.device)
 
+    def join_embeddings(self, vocabulary: Vocabulary, vectors: Sequence[Sequence[Tensor]]) -> None:
+        """Know new tokens from now on, in place of those that were joined before; also with text encoders that are
+        read later.
+
+        Args:
+            vectors: by text encoder, in the family's order, and token: (n, d) float32 on any device, parameters where
+                they train. They are looked up where they are, so that what changes in them counts at once.
+
+        Raises:
+            ValueError: vectors that don't fit the tokens or the text encoders, or tokens without ids of their own.
+        """
+        pad_ids = [encoder.pad_id for encoder in self.family.text_encoders]
+        self._joined = checked(vocabulary, vectors, self.text_widths, pad_ids)
+        self.vocabulary = vocabulary
+        self._ids.pop("text", None)
+        self._join()
+
+    def _join(self) -> None:
+        for index, text_encoder in enumerate(self.text_encoders):
+            join(text_encoder, self._joined[index])
+
+    def embedding_table(self, encoder: int) -> Tensor:
+        """The frozen rows of a text encoder, (49,408, d) in its dtype, by number in the family's order; released text
+        encoders are read again. It is the table itself: not to be changed."""
+        table: Tensor = token_embedding(self.reload_text_encoders()[encoder]).weight
+        return table.detach()
+
     def vae_id(self) -> str:
         """sha256 over what makes latents: names, dtypes, shapes and values of the VAE's encoder half."""
         if "vae" not in self._ids:
@@ -276,15 +309,19 @@ class Model(ABC):
         return self._ids["vae"]
 
     def text_encoder_id(self) -> str:
-        """sha256 over what makes a caption's conditioning: the text encoders' names, dtypes, shapes and values, clip
-        skip, how many words count, and whether brackets weigh. Taken once: of the text encoders as they were read."""
+        """sha256 over what makes a caption's conditioning: the text encoders' names, dtypes, shapes and values, new
+        tokens and their vectors, clip skip, how many words count, and whether brackets weigh. Taken once: of the text
+        encoders as they were read, and again when vectors are joined."""
         if "text" not in self._ids:
             settings = f"{self.family.name} {self.clip_skip} {self.max_words} {self.weighted}"
-            values = (
+            values = [
                 (f"{index}.{name}", tensor)
                 for index, encoder in enumerate(self.reload_text_encoders())
                 for name, tensor in encoder.state_dict().items()
-            )
+            ]
+            for index, each in enumerate(self._joined):
+                names = [f"{index}.token {token.text}" for token in self.vocabulary.tokens]
+                values += zip(names, each, strict=True)
             self._ids["text"] = _digest(values, settings)
         return self._ids["text"]
 

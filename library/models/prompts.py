@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from library.models.weighted import fragments
-from library.tokenizer import END_ID, START_ID, WORDS, clip_tokenizer
+from library.tokenizer import END_ID, START_ID, WORDS
+from library.tokenizer.vocabulary import PLAIN, Vocabulary
 
 ROW = WORDS + 2
 
 
-def token_rows(captions: Sequence[str], max_words: int = WORDS, pad_id: int = END_ID) -> Tensor:
+def token_rows(
+    captions: Sequence[str], max_words: int = WORDS, pad_id: int = END_ID, vocabulary: Vocabulary = PLAIN
+) -> Tensor:
     """Token ids, (b, n, 77) int64.
 
     A caption is start, at most `max_words` tokens, end, padding. Longer than one row, it is cut into n rows, each with
@@ -23,24 +26,29 @@ def token_rows(captions: Sequence[str], max_words: int = WORDS, pad_id: int = EN
     Args:
         max_words: 75, 150 or 225.
         pad_id: what fills a caption up, of the family's text encoder.
-    """
-    encoded = clip_tokenizer(pad_id).encode_batch(list(captions), add_special_tokens=False)
-    return torch.tensor([_rows(one.ids, _count(max_words), pad_id) for one in encoded], dtype=torch.int64)
-
-
-def weighted_rows(captions: Sequence[str], max_words: int = WORDS, pad_id: int = END_ID) -> tuple[Tensor, Tensor]:
-    """Token rows of captions with weights in brackets, and each token's weight, (b, n, 77) float32.
-
-    Fragments of one weight are tokenized apart from each other. Start, end and padding weigh 1.
+        vocabulary: new tokens that count as words; each of their vectors is one of the `max_words`.
     """
     count = _count(max_words)
+    encoded = vocabulary.encode(captions, pad_id)
+    return torch.tensor([_rows(words, count, pad_id) for words in encoded], dtype=torch.int64)
+
+
+def weighted_rows(
+    captions: Sequence[str], max_words: int = WORDS, pad_id: int = END_ID, vocabulary: Vocabulary = PLAIN
+) -> tuple[Tensor, Tensor]:
+    """Token rows of captions with weights in brackets, and each token's weight, (b, n, 77) float32.
+
+    Fragments of one weight are tokenized apart from each other. Start, end and padding weigh 1; all vectors that a new
+    token stands for weigh what it weighs.
+    """
+    count, tokenizer = _count(max_words), vocabulary.tokenizer(pad_id)
     rows, weights = [], []
     for caption in captions:
         parts = [(text, weight) for text, weight in fragments(caption) if text]
-        encoded = clip_tokenizer(pad_id).encode_batch([text for text, _ in parts], add_special_tokens=False)
-        tokens = [(token, weight) for one, (_, weight) in zip(encoded, parts, strict=True) for token in one.ids][
-            :max_words
-        ]
+        encoded = tokenizer.encode_batch([text for text, _ in parts], add_special_tokens=False)
+        words = [word for one in encoded for word in one.ids]
+        weighs = [weight for one, (_, weight) in zip(encoded, parts, strict=True) for _ in one.ids]
+        tokens = [(word, weighs[place]) for word, place in vocabulary.expanded(words)][:max_words]
         rows.append(_rows([token for token, _ in tokens], count, pad_id))
         flat = [weight for _, weight in tokens] + [1.0] * (max_words - len(tokens))
         weights.append([[1.0, *flat[start : start + WORDS], 1.0] for start in range(0, max_words, WORDS)])

@@ -77,8 +77,12 @@ def clip_tokenizer(pad_id: int = END_ID) -> Tokenizer:
     Where `pad_id` is 0, the token "!" fills rows up (SD2, SDXL's second encoder); as in transformers and diffusers each
     "!" in a text is that token then, whatever stands around it.
     """
-    special = () if pad_id == END_ID else (_byte_characters()[pad_id],)
-    return build(clip_vocabulary(), list(clip_merges()), *special)
+    return build(clip_vocabulary(), list(clip_merges()), *special_padding(pad_id))
+
+
+def special_padding(pad_id: int) -> tuple[str, ...]:
+    """The token that fills rows up, where it is none of the special ones anyway."""
+    return () if pad_id == END_ID else (_byte_characters()[pad_id],)
 
 
 def write_folder(folder: Path) -> None:

@@ -11,7 +11,8 @@ from library.models.inspect import inspect
 from library.models.load import load
 from library.models.model import Model
 from library.models.prompts import token_rows, weighted_rows
-from library.tokenizer import END_ID
+from library.tokenizer import END_ID, START_ID, VOCABULARY_SIZE
+from library.tokenizer.vocabulary import NewToken, Vocabulary
 
 LONG = ", ".join(f"tag number {n} here" for n in range(40))
 VECTORS = json.loads((Path(__file__).parents[1] / "data/vectors/token_chunks.json").read_text())
@@ -41,6 +42,41 @@ def test_recorded_rows(tokenizer: str) -> None:
 def test_a_length_that_is_no_number_of_rows() -> None:
     with pytest.raises(ValueError, match="multiple of 75"):
         token_rows(["a cat"], 100)
+
+
+@pytest.mark.parametrize("pad_id", [END_ID, 0])
+def test_each_vector_of_a_new_token_is_a_word_of_a_row(pad_id: int) -> None:
+    tokens = Vocabulary((NewToken("mycat", 3), NewToken("mydog")))
+    cat, dog, word = [*range(VOCABULARY_SIZE, VOCABULARY_SIZE + 3)], VOCABULARY_SIZE + 3, 2653
+    captions = ["a MyCat", "word " * 74 + "mycat mydog", "mydog " * 80]
+    short = token_rows(captions, 75, pad_id, tokens)
+    assert short.shape == (3, 1, 77)
+    assert short[0, 0].tolist() == [START_ID, 320, *cat, END_ID, *[pad_id] * 71]
+    assert short[1, 0].tolist() == [START_ID, *[word] * 74, cat[0], END_ID], "words beyond the row are cut off"
+    assert short[2, 0].tolist() == [START_ID, *[dog] * 75, END_ID]
+    rows = token_rows(captions, 150, pad_id, tokens)
+    assert rows[1, 0].tolist()[:76] == [START_ID, *[word] * 74, cat[0]]
+    assert rows[1, 1].tolist()[:6] == [START_ID, *cat[1:], dog, END_ID, pad_id]
+    plain, weights = weighted_rows(captions, 150, pad_id, tokens)
+    assert torch.equal(plain, rows) and torch.equal(weights, torch.ones(weights.shape))
+
+
+def test_all_vectors_of_a_new_token_weigh_what_it_weighs() -> None:
+    tokens = Vocabulary((NewToken("mycat", 3), NewToken("mydog")))
+    first, second, third, dog = range(VOCABULARY_SIZE, VOCABULARY_SIZE + 4)
+    wanted = {
+        "(mycat:1.5) mydog": [(first, 1.5), (second, 1.5), (third, 1.5), (dog, 1.0)],
+        "mycat (mycat1:0.5) [mydog]": [(first, 1.0), (second, 0.5), (dog, 1 / 1.1)],
+        "(mycat:2)(mycat:3)": [(one, weight) for weight in (2.0, 3.0) for one in (first, second, third)],
+        "a (mycat": [(320, 1.0), (first, 1.1), (second, 1.1), (third, 1.1)],
+    }
+    for caption, pairs in wanted.items():
+        rows, weights = weighted_rows([caption], 75, END_ID, tokens)
+        end = len(pairs) + 1
+        assert rows[0, 0, :end].tolist() == [START_ID, *(word for word, _ in pairs)], caption
+        assert weights[0, 0].tolist() == pytest.approx([1.0, *(weight for _, weight in pairs), *[1.0] * (77 - end)])
+    rows, weights = weighted_rows(["word " * 74 + "(mycat:2)"], 75, END_ID, tokens)
+    assert rows[0, 0, 75:].tolist() == [first, END_ID] and weights[0, 0, 74:].tolist() == [1.0, 2.0, 1.0]
 
 
 def by_hand(model: Model, caption: str, layer: int, *, norm: bool, index: int = 0) -> torch.Tensor:
