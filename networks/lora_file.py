@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.embedding_layouts import find, holds_lora, is_bundled
 from library.errors import UserError
 from library.models.lora_targets import LoraTarget
 
@@ -48,12 +49,17 @@ def group(tensors: "Mapping[str, Tensor]", source: str | Path) -> dict[str, File
     leaves: dict[str, dict[str, Tensor]] = {}
     if any(key.startswith(_BASE_MODEL) for key in tensors):
         raise UserError.single(str(source), "is a base model, not a LoRA", "give a LoRA file")
+    refuse_embedding({key: tuple(tensor.shape) for key, tensor in tensors.items()}, source)
     for key, tensor in tensors.items():
         name, _, leaf = key.partition(".")
         if leaf not in _LEAVES:
             other = "an OFT file of networks.oft" if name.startswith(_OWN_OFT) else lycoris_kind([key])
             wrong = f"is {other}" if other else f"{key} is not a key of a LoRA"
-            raise UserError.single(str(source), wrong, "networks.lora takes plain LoRA files only")
+            advice = "networks.lora takes plain LoRA files only"
+            if is_bundled(key):
+                wrong = "has embeddings bundled with the LoRA"
+                advice = f"take it apart: python tools/convert_embedding.py --to separate {Path(source).name} FOLDER"
+            raise UserError.single(str(source), wrong, advice)
         leaves.setdefault(name, {})[leaf] = tensor
     modules = {}
     for name, found in leaves.items():
@@ -63,6 +69,19 @@ def group(tensors: "Mapping[str, Tensor]", source: str | Path) -> dict[str, File
         alpha = float(found["alpha"]) if "alpha" in found else float(down.shape[0])
         modules[name] = FileModule(down, found["lora_up.weight"], alpha, found.get("dora_scale"))
     return modules
+
+
+def refuse_embedding(shapes: Mapping[str, tuple[int, ...]], source: str | Path) -> None:
+    """Raises UserError if a file with tensors of these shapes holds embeddings and no network."""
+    if holds_lora(shapes):
+        return
+    try:
+        found = find(shapes, {}, str(source)).embeddings
+    except UserError:
+        return
+    if all(one.layout != "diffusers" or "." not in str(one.token) for one in found):
+        advice = "give it as --weights, and its word as --token_string; as --base_embeddings it stays as it is"
+        raise UserError.single(str(source), "is an embedding, not a network", advice)
 
 
 def lycoris_kind(keys: Iterable[str]) -> str | None:

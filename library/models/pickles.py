@@ -56,8 +56,11 @@ _DTYPES = {
 }
 
 
-def read_weights(path: Path, where: str) -> Header:
+def read_weights(path: Path, where: str, *, loose: bool = False) -> Header:
     """The header of a weight file: `.safetensors`, or a pickle if its name ends as pickles do.
+
+    Args:
+        loose: a pickle may be a tensor alone, whose name is "", and its outermost texts become the metadata.
 
     Raises:
         UserError: not such a file, damaged, truncated, or a pickle that could run code.
@@ -80,9 +83,10 @@ def read_weights(path: Path, where: str) -> Header:
     except OSError as error:
         raise UserError.single(where, f"can't be read ({error.strerror})") from error
     size = path.stat().st_size
-    named = dict(_named(root, where))
+    named = {"": root} if loose and isinstance(root, _Tensor) else dict(_named(root, where))
+    texts = _texts(root) if loose and isinstance(root, Mapping) else {}
     entries = {name: _entry(name, tensor, places[tensor.storage.key], size, where) for name, tensor in named.items()}
-    return Header(path, entries, {})
+    return Header(path, entries, texts)
 
 
 class _Storage(NamedTuple):
@@ -132,6 +136,15 @@ class _Ordered(dict[Any, Any]):
 
     def __setstate__(self, state: object) -> None:
         pass
+
+
+class _Parameters(dict[Any, Any]):
+    """A `ParameterDict`, in which old embeddings are: of its state the table of parameters alone counts."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.update(state["_parameters"])
 
 
 class _RefusedError(Exception):
@@ -209,6 +222,8 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module.replace('__builtin__', 'builtins')}.{name}"
         if full in _FUNCTIONS:
             return _FUNCTIONS[full]
+        if full == "torch.nn.modules.container.ParameterDict":
+            return _Parameters
         if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
             return _Name(_STORAGES[name])
         if module == "torch" and name in _DTYPES:
@@ -233,7 +248,7 @@ def _unpickle(file: IO[bytes], where: str, storage: Callable[[str, str, int, Any
         return _Unpickler(file, storage).load()
     except _RefusedError as error:
         wrong = f"the pickle needs {error}, which could run code"
-        raise UserError.single(where, wrong, f"it is not read; {_CONVERT}, or take the model as .safetensors") from None
+        raise UserError.single(where, wrong, "it is not read; take it as .safetensors") from None
     except _BROKEN as error:
         raise UserError.single(where, "is a pickle that is damaged, or not one of PyTorch's", _AGAIN) from error
 
@@ -343,8 +358,12 @@ def _named(root: Any, where: str) -> Iterator[tuple[str, _Tensor]]:
     if isinstance(root, Mapping) and isinstance(root.get("state_dict"), Mapping):
         root = root["state_dict"]
     if not isinstance(root, Mapping):
-        raise UserError.single(where, "is a pickle that holds no named tensors, not a base model")
+        raise UserError.single(where, "is a pickle that holds no named tensors")
     return _flat("", root, _DEPTH)
+
+
+def _texts(root: Mapping[Any, Any]) -> dict[str, str]:
+    return {name: text for name, text in root.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def _flat(prefix: str, values: Mapping[Any, Any], depth: int) -> Iterator[tuple[str, _Tensor]]:

@@ -17,29 +17,34 @@ class BadWeightsError(ValueError):
 
 
 def check_file(
-    path: Path, expected: Iterable[str] | Mapping[str, Collection[int]] | None, *, trained_parts: Iterable[str] = ()
+    path: Path,
+    expected: Iterable[str] | Mapping[str, Collection[int]] | None,
+    *,
+    trained_parts: Iterable[str] = (),
+    called: str | Path | None = None,
 ) -> list[str]:
     """Read a file back and return warnings: one for each of `trained_parts` whose up-factors are all still zero.
 
     `expected` are the keys, with shapes if it is a mapping, None if any will do; `trained_parts` are "unet" and
-    "text_encoder" where they had updates. Raises BadWeightsError if a key is missing, surplus or of another shape, or a
-    number is not finite.
+    "text_encoder" where they had updates; `called` is the name that messages give the file. Raises BadWeightsError if a
+    key is missing, surplus or of another shape, or a number is not finite.
     """
-    tensors = read_tensors(path)
+    tensors, place = read_tensors(path), called or path
     keys = set(tensors if expected is None else expected)
     if missing := sorted(keys - tensors.keys()):
-        raise BadWeightsError(f"{path}: {len(missing)} keys are missing, e.g. {missing[0]}")
+        raise BadWeightsError(f"{place}: {len(missing)} keys are missing, e.g. {missing[0]}")
     if surplus := sorted(tensors.keys() - keys):
-        raise BadWeightsError(f"{path}: {len(surplus)} keys should not be there, e.g. {surplus[0]}")
+        raise BadWeightsError(f"{place}: {len(surplus)} keys should not be there, e.g. {surplus[0]}")
     if isinstance(expected, Mapping):
         for key, tensor in tensors.items():
             if tuple(tensor.shape) != tuple(expected[key]):
-                raise BadWeightsError(f"{path}: {key} has shape {tuple(tensor.shape)}, not {tuple(expected[key])}")
+                raise BadWeightsError(f"{place}: {key} has shape {tuple(tensor.shape)}, not {tuple(expected[key])}")
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
-        raise BadWeightsError(f"{path}: {len(bad)} of {len(tensors)} tensors are not finite, e.g. {bad[0]}")
+        raise BadWeightsError(f"{place}: {len(bad)} of {len(tensors)} tensors are not finite, e.g. {bad[0]}")
     return [
-        f"{path}: the {_NAMES[part]} was trained, yet all its up-factors are still zero: the file changes nothing there"
+        f"{place}: the {_NAMES[part]} was trained, yet all its up-factors are still zero, so that the file changes "
+        "nothing there"
         for part in trained_parts
         if _all_zero(tensors, part)
     ]

@@ -62,5 +62,9 @@ def test_a_trained_part_that_is_still_zero_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(tensors(up=0.0), path)
     (warning,) = check_file(path, tensors().keys(), trained_parts=("unet", "text_encoder"))
-    assert "U-Net" in warning
+    assert "U-Net" in warning and warning.startswith(f"{path}: ")
+    (warning,) = check_file(path, None, trained_parts=("unet",), called="b.safetensors")
+    assert warning.startswith("b.safetensors: ") and str(path) not in warning
+    with pytest.raises(BadWeightsError, match=r"^b.safetensors: "):
+        check_file(path, [], called="b.safetensors")
     assert check_file(path, tensors().keys(), trained_parts=("text_encoder",)) == []
