@@ -37,6 +37,8 @@ class StandIn:
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         """Status, and JSON or bytes."""
+        if path == "api/whoami-v2":
+            return 200, {"type": "user", "name": "me"}
         if path == "api/repos/create":
             told = json.loads(body)
             repo = f"{told.get('type', 'model')}s/{told['organization']}/{told['name']}"

@@ -11,7 +11,10 @@ from tests.programs import ROOT, environment
 
 LEAVES = {
     f"library.{name}"
-    for name in ("errors", "rng", "console", "tokenizer", "conditioning", "known_files", "global_draws", "to_device")
+    for name in (
+        *("errors", "rng", "console", "tokenizer", "conditioning", "known_files", "global_draws", "to_device"),
+        "embedding_layouts",
+    )
 }
 BELOW = {
     "options": set(),
@@ -26,6 +29,7 @@ PLANNING = [
     "library.rng",
     "library.console",
     "library.tokenizer",
+    "library.tokenizer.vocabulary",
     "library.options",
     "library.data.sources.scan",
     "library.data.captions",
@@ -41,9 +45,12 @@ PLANNING = [
     "library.data.augment",
     "library.data.faces",
     "library.data.token_counts",
+    "library.data.token_use",
     "library.data.custom",
     "library.data.sheet",
     "library.models.inspect",
+    "library.embedding_layouts",
+    "library.models.embedding_files",
     "library.models.lora_targets",
     "networks.planned",
     "networks.blocks",
@@ -60,6 +67,10 @@ PLANNING = [
     "library.training.dry_run",
     "library.training.expected",
     "library.training.text_use",
+    "library.training.weight_files",
+    "library.training.embedding_rows",
+    "library.training.embedding_words",
+    "library.training.network_words",
     "library.models.memory_tables",
     "library.training.memory_demand",
     "library.training.memory_plan",
@@ -72,7 +83,10 @@ PLANNING = [
     "library.options.module_checks",
     "library.options.precision_checks",
     "networks.oft_targets",
+    "library.training.embedding_plan",
+    "library.training.token_checks",
     "train_network",
+    "train_textual_inversion",
 ]
 
 

@@ -151,7 +151,7 @@ class TextForecast:
     def line(self) -> str:
         """The same in one line for the user."""
         if self.use.trains:
-            return "text: an encoder is trained, so every caption is encoded in every step"
+            return "text: text encoders or new tokens are trained, so every caption is encoded in every step"
         parts = []
         if self.kept:
             where = "files beside the pictures" if self.use.to_disk else "memory"

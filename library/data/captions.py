@@ -84,6 +84,11 @@ def warmup_end(spec: CaptionSpec, total: int) -> float:
     return math.floor(spec.warmup_step * total) if spec.warmup_step < 1 else spec.warmup_step
 
 
+def replaces(spec: CaptionSpec) -> bool:
+    """Whether templates stand in place of captions: nothing that a picture's own caption says is trained."""
+    return bool(spec.templates and spec.subject and not spec.keep_original)
+
+
 def possible(text: str, spec: CaptionSpec, *, total: int | None = None) -> tuple[str, ...] | None:
     """Every caption that `process` may make of a text, whatever is drawn; None where wildcards, shuffled, dropped or
     held-back tags, or templates make more of them than are worth listing. Whole-caption dropout adds the empty one.
@@ -92,8 +97,7 @@ def possible(text: str, spec: CaptionSpec, *, total: int | None = None) -> tuple
     """
     if spec.dropout_rate >= 1 or spec.dropout_every_n_epochs == 1:
         return ("",)
-    replaced = bool(spec.templates and spec.subject and not spec.keep_original)
-    if not replaced and _text_varies(text, spec, total):
+    if not replaces(spec) and _text_varies(text, spec, total):
         return None
     only = _before_templates(text, spec, _NO_DRAWS, None)
     filled = {_fill_template(template, only, spec) for template in spec.templates} or {only}

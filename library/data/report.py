@@ -21,8 +21,10 @@ from library.data.plan import Plan
 from library.data.records import ImageRecord
 from library.data.sources.scan import Scan, SubsetCounts
 from library.data.token_counts import Fragments, count_tokens
+from library.data.token_use import TokenUse, token_use
 from library.options.specs import DatasetSpec
 from library.tokenizer import END_ID, WORDS
+from library.tokenizer.vocabulary import PLAIN, Vocabulary
 
 _CAPTION_WIDTH = 90
 _SHOWN = 10
@@ -30,7 +32,7 @@ _WORST = 5
 _WORDS = frozenset(
     {
         *("dataset", "folder", "note", "picture", "size", "bucket", "caption"),
-        *("what", "when", "name", "part", "rank (alpha)"),
+        *("what", "when", "name", "part", "rank (alpha)", "token"),
     }
 )
 """Columns that hold words, not numbers."""
@@ -44,6 +46,7 @@ def show_data(
     token_limit: int,
     fragments: Fragments | None = None,
     pad_id: int = END_ID,
+    vocabulary: Vocabulary = PLAIN,
     text: TextUse | None = None,
     accumulation: int = 1,
     total_steps: int = 0,
@@ -54,13 +57,17 @@ def show_data(
         token_limit: `max_token_length` (75, 150 or 225).
         fragments: how captions are taken apart where they weigh words.
         pad_id: of the text encoder, which decides what a "!" counts.
+        vocabulary: new tokens, trained or frozen, each of which counts all of its vectors.
         text: how the run gets its text conditioning; None leaves that table out.
         accumulation: micro-batches in an optimizer step; with `total_steps`, what a token warmup goes by.
         total_steps: of the run; 0 where they aren't known.
     """
     pictures_table(scan, [dataset.spec for dataset in plan.datasets])
     captions_table(plan, seed=seed)
-    tokens_table(plan, seed=seed, limit=token_limit, fragments=fragments, pad_id=pad_id)
+    if vocabulary.tokens:
+        use = token_use(plan, vocabulary, seed, limit=token_limit, fragments=fragments, pad_id=pad_id)
+        token_use_table(use)
+    tokens_table(plan, seed=seed, limit=token_limit, fragments=fragments, pad_id=pad_id, vocabulary=vocabulary)
     if text is not None:
         captions = plan_captions(plan, total_steps=total_steps or None)
         text_table(forecast(captions, text, seed=seed, accumulation=accumulation, total_steps=total_steps))
@@ -162,11 +169,28 @@ def text_table(found: TextForecast) -> None:
     line(found.line())
 
 
+def token_use_table(use: TokenUse) -> None:
+    """How many captions hold each new token; a last row counts those that hold none."""
+    table = _table("New tokens in captions", ("token", "vectors", "captions with it", "of"))
+    for token in use.vocabulary.tokens:
+        table.add_row(escape(token.text), *_numbers(token.vectors, use.count(token), use.captions))
+    without = sum(one.captions for one in use.without(use.vocabulary.tokens))
+    if without:
+        table.add_row("(none of them)", "", *_numbers(without, use.captions))
+    _print(table)
+
+
 def tokens_table(
-    plan: Plan, *, seed: int, limit: int, fragments: Fragments | None = None, pad_id: int = END_ID
+    plan: Plan,
+    *,
+    seed: int,
+    limit: int,
+    fragments: Fragments | None = None,
+    pad_id: int = END_ID,
+    vocabulary: Vocabulary = PLAIN,
 ) -> None:
     """Tokens per caption, and which words the limit cuts; arguments as of `count_tokens`."""
-    counts = count_tokens(plan, seed=seed, limit=limit, fragments=fragments, pad_id=pad_id)
+    counts = count_tokens(plan, seed=seed, limit=limit, fragments=fragments, pad_id=pad_id, vocabulary=vocabulary)
     table = _table("Tokens per caption", ("least", "median", "most", f"over {WORDS}", f"cut at {limit}"))
     middle = f"{counts.median:g}"
     table.add_row(str(counts.minimum), middle, *_numbers(counts.maximum, counts.over_chunk, len(counts.cut)))

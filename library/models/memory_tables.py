@@ -208,6 +208,7 @@ def unet_saved(
     checkpointing: Checkpointing = "none",
     every: int = 1,
     outputs: bool = False,
+    pooled: bool = False,
 ) -> Saved:
     """What a forward pass of a U-Net with frozen weights keeps for a backward pass.
 
@@ -218,9 +219,10 @@ def unet_saved(
         conv_rank: of adapters on 3x3 convolutions; 0 without.
         checkpointing: which blocks are computed again; `every` n-th of them.
         outputs: adapters keep the results of their layers as well, as DoRA does, whose magnitudes multiply them.
+        pooled: gradients go to a pooled text, which every residual block is told with the time.
     """
     kept = statistics = block = widest = again = 0
-    tracked, texts = conv_rank > 0, batch * tokens
+    tracked, texts = conv_rank > 0 or pooled, batch * tokens
     for stage in unet_stages(config):
         places = batch * _area(cells, stage.level)
         if isinstance(stage, Transformer):
@@ -294,14 +296,19 @@ def unet_forward(config: Config, *, batch: int, cells: tuple[int, int]) -> Saved
     return Saved(kept, 0, 0, max(widest, 8 * batch * first * _area(cells, 0)))
 
 
-def text_encoder_saved(config: Config, *, rows: int, tokens: int, checkpointing: bool = False) -> Saved:
-    """What a forward pass of a CLIP text encoder with adapters keeps.
+def text_encoder_saved(
+    config: Config, *, rows: int, tokens: int, checkpointing: bool = False, adapted: bool = True
+) -> Saved:
+    """What a forward pass of a CLIP text encoder keeps, with adapters or with gradients of its tokens' vectors alone.
 
-    Of each layer: the inputs of both norms, of q, k, v together and of the feed-forward; q, k, v and the attention's
-    result; the activation's input, for OpenAI's approximation its sigmoid too, and its result.
+    Of each layer: the inputs of both norms; q, k, v and the attention's result; the activation's input, for OpenAI's
+    approximation its sigmoid too. With adapters also the inputs of their layers: of q, k, v together, of the
+    feed-forward, and the activation's result.
     """
     text = _Text.of(config)
-    inside = rows * tokens * (8 * text.width + (3 if text.act == "quick_gelu" else 2) * text.inner)
+    inside = rows * tokens * (6 * text.width + (2 if text.act == "quick_gelu" else 1) * text.inner)
+    if adapted:
+        inside += rows * tokens * (2 * text.width + text.inner)
     entry = rows * tokens * text.width
     kept = text.layers * (entry if checkpointing else inside) + entry
     return Saved(kept, 0, inside if checkpointing else 0, rows * tokens * text.inner)

@@ -4,7 +4,7 @@ Datasets and their sizes are checked where they are read (options.datasets).
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from library.errors import Problem
 from library.options import (
+    embedding_checks,
     logging_checks,
     loss_checks,
     module_checks,
@@ -21,14 +22,10 @@ from library.options import (
     run_checks,
     state_checks,
 )
+from library.options.embedding_checks import always_trains_vectors, embedding_rate, has_network
 from library.options.registry import FLAGS, Options
+from library.options.scripts import SCRIPTS, TRAIN_TEXTUAL_INVERSION
 
-NEEDS: Mapping[str, str] = {
-    "pretrained_model_name_or_path": "give the base model: a checkpoint file, a diffusers folder or a hub id",
-    "output_dir": "give the folder for the results",
-    "network_module": "give the network to train, such as networks.lora",
-}
-"""The flags that a training needs, and what to do where one is missing."""
 _PICTURES = ("train_data_dir", "dataset_config", "in_json", "dataset_class")
 _NOT_WITH_A_CLASS = (
     *("dataset_config", "in_json", "train_data_dir", "reg_data_dir", "cache_latents", "latent_sampling"),
@@ -38,10 +35,12 @@ _OF_A_CLASS = (
     *("dataset_class", "resolution", "train_batch_size", "weighted_captions", "persistent_data_loader_workers"),
     *("exact_crop_conditioning", "max_data_loader_n_workers"),
 )
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _PROMPT_FILES = (".txt", ".toml", ".json")
 
 
 _MODULES = (
+    embedding_checks,
     optimizer_checks,
     loss_checks,
     module_checks,
@@ -80,7 +79,7 @@ def check(options: Options, bad: frozenset[str], needs: Sequence[str]) -> Checke
 def _required(options: Options, needs: Sequence[str]) -> Iterator[Problem]:
     for name in needs:
         if options.value(name) is None:
-            yield Problem(f"--{name}", "is missing", NEEDS[name])
+            yield Problem(f"--{name}", "is missing", SCRIPTS[options.script].needs[name])
     if all(options.value(name) is None for name in _PICTURES):
         advice = "give the folder that holds 10_name folders of pictures, or use --dataset_config"
         yield Problem("--train_data_dir", "is missing", advice)
@@ -102,7 +101,17 @@ def _paths(options: Options) -> Iterator[Problem]:
     resume = options.training.resume
     local = resume is not None and not options.hub.resume_from_huggingface
     if local and resume != "latest" and not _is_folder(str(resume)):
-        yield Problem(options.where("resume"), f"there is no state folder {resume}", "give its path, or `latest`")
+        yield _no_state(str(resume), options)
+
+
+def _no_state(text: str, options: Options) -> Problem:
+    """`--resume` without a folder."""
+    wrong, advice = f"there is no state folder {text}", "give its path, or `latest`"
+    if Path(text).suffix.lower() in WEIGHT_FILES:
+        wrong = f"{text} is a file of weights, not the folder of a state"
+        flag = "--network_weights (embeddings: --weights)" if has_network(options) else "--weights"
+        advice = f"to start from these weights, give them as {flag}; a state is a folder, which --save_state writes"
+    return Problem(options.where("resume"), wrong, advice)
 
 
 def _is_folder(text: str) -> bool:
@@ -127,10 +136,15 @@ def _makeable(folder: Path, where: str) -> Iterator[Problem]:
 
 
 def _what_is_trained(options: Options) -> Iterator[Problem]:
+    """A network must have a part to train; vectors are options.embedding_checks'."""
     network, rates = options.network, options.optimizer
+    if not has_network(options):
+        return
+    advice = f"for embeddings alone: {TRAIN_TEXTUAL_INVERSION.file}" if options.embeddings.token_string else ""
     if network.network_train_unet_only and network.network_train_text_encoder_only:
         places = f"{options.where('network_train_unet_only')}, {options.where('network_train_text_encoder_only')}"
-        yield Problem(places, "nothing would be left to train", "leave out one of the two")
+        wrong = "nothing would be left to train"
+        yield Problem(places, f"{wrong} of the network" if advice else wrong, advice or "leave out one of the two")
         return
     unet = rates.learning_rate if rates.unet_lr is None else rates.unet_lr
     trained = {"U-Net": unet, "text encoder": max(_text_rates(options))}
@@ -140,7 +154,8 @@ def _what_is_trained(options: Options) -> Iterator[Problem]:
         del trained["U-Net"]
     if not any(trained.values()):
         parts = " and ".join(trained)
-        yield Problem(options.where("learning_rate"), f"the learning rate of {parts} is 0: nothing would be trained")
+        wrong = f"the learning rate of {parts} is 0: nothing would be trained"
+        yield Problem(options.where("learning_rate"), f"{wrong} of the network" if advice else wrong, advice)
 
 
 def _text_rates(options: Options) -> tuple[float, ...]:
@@ -149,15 +164,21 @@ def _text_rates(options: Options) -> tuple[float, ...]:
 
 
 def _text_encoders_train(options: Options) -> bool:
+    """Whether a network is trained on them; vectors of embeddings are another matter."""
     left_out = options.network.network_train_unet_only or options.training.stop_text_encoder_training == -1
-    return not left_out and any(_text_rates(options))
+    return has_network(options) and not left_out and any(_text_rates(options))
 
 
 def _text_cache(options: Options) -> Iterator[Problem]:
-    if not options.caching.cache_text_encoder_outputs or not _text_encoders_train(options):
+    vectors = bool(embedding_rate(options))
+    if not options.caching.cache_text_encoder_outputs or not (vectors or _text_encoders_train(options)):
         return
     to_disk = options.caching.cache_text_encoder_outputs_to_disk
     where = options.where("cache_text_encoder_outputs" + ("_to_disk" if to_disk else ""))
+    if vectors:
+        wrong = "what text encoders make of captions can't be cached while the vectors of --token_string are trained"
+        yield Problem(where, wrong, "leave the cache out")
+        return
     advice = "add --network_train_unet_only, or leave the cache out"
     if options.network.network_train_text_encoder_only:
         advice = "leave the cache out"
@@ -177,8 +198,9 @@ def _previews(options: Options) -> Iterator[Problem]:
         name for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first") if options.value(name)
     ]
     prompts = flags.sample_prompts
-    if asked and prompts is None:
-        yield Problem(options.where(asked[0]), "previews need prompts", "add --sample_prompts FILE")
+    if asked and prompts is None and not flags.preview_prompts:
+        advice = "add --sample_prompts FILE or --preview_prompts TEXT"
+        yield Problem(options.where(asked[0]), "previews need prompts", advice)
     if prompts is None or not asked:
         return
     if not prompts.is_file():
@@ -222,11 +244,13 @@ def _notices(options: Options) -> Iterator[str]:
     always = options.training.stop_text_encoder_training == 0
     if "text_memo_mb" in options.explicit and _text_encoders_train(options) and always:
         yield f"{options.where('text_memo_mb')}: has no effect while text encoders are trained"
+    elif "text_memo_mb" in options.explicit and always_trains_vectors(options):
+        yield f"{options.where('text_memo_mb')}: has no effect while embeddings are trained"
     sampling = options.sampling
-    if sampling.sample_prompts and not (
-        sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first
-    ):
-        yield f"{options.where('sample_prompts')}: has no effect without --sample_every_n_epochs or _steps"
+    if not (sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first):
+        for name in ("sample_prompts", "preview_prompts"):
+            if options.value(name):
+                yield f"{options.where(name)}: has no effect without --sample_every_n_epochs or _steps"
 
 
 _CHECKS: tuple[Callable[[Options], Iterator[Any]], ...] = (

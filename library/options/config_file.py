@@ -13,7 +13,8 @@ from library.errors import Problem, UserError, nearest
 from library.options import foreign
 from library.options.lines import place, toml_lines
 from library.options.modules import LORA_ARGS, LORA_REFUSED
-from library.options.registry import FLAGS, Options
+from library.options.other_names import OTHER_NAMES
+from library.options.registry import FLAGS, Options, flags_of_script
 from library.options.values import written
 
 _NEVER_WRITTEN = {"config_file", "output_config", "dry_run", "print_command", "list_optimizers"}
@@ -85,7 +86,7 @@ def read_config(path: Path) -> FromFile:
     for keys, value in _flattened(content):
         name = keys[-1]
         where = place(str(path), lines, keys)
-        if name in FLAGS and name not in _NEVER_WRITTEN:
+        if (name in FLAGS or name in OTHER_NAMES) and name not in _NEVER_WRITTEN:
             result.values[name] = value
             result.places[name] = where
         elif name in foreign.FOREIGN or name in _NEVER_WRITTEN:
@@ -93,7 +94,7 @@ def read_config(path: Path) -> FromFile:
         elif name == "datasets":
             result.problems.append(Problem(where, "this is a dataset file", "give it with --dataset_config"))
         else:
-            advice = nearest(name, FLAGS) or "see --help"
+            advice = nearest(name, [*FLAGS, *OTHER_NAMES]) or "see --help"
             if name in LORA_ARGS or name in LORA_REFUSED:
                 advice = f'it is a setting of the network: network_args = ["{name}=..."]'
             result.problems.append(Problem(where, "unknown option", advice))
@@ -123,7 +124,7 @@ def write_config(path: Path, options: Options) -> Path:
     if path.exists():
         raise UserError.single("--output_config", f"{path} exists already", "name another file with --config_file")
     lines = []
-    for name, flag in FLAGS.items():
+    for name, flag in flags_of_script(options.script).items():
         value = options.value(name)
         if name in options.explicit and name not in _NEVER_WRITTEN and not flag.secret and value != flag.default:
             lines.append(f"{name} = {_toml(name, written(value))}\n")

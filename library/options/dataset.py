@@ -9,7 +9,11 @@ from library.options.flags import Group, equivalent, honoured
 class Dataset(Group):
     """Pictures and captions"""
 
-    train_data_dir: Path | None = honoured(None, "folder that holds `<repeats>_<name>` folders of pictures")
+    train_data_dir: Path | None = honoured(
+        None,
+        "folder that holds `<repeats>_<name>` folders of pictures; where new tokens are trained, pictures may stand "
+        "directly in it, too",
+    )
     reg_data_dir: Path | None = honoured(None, "the same for regularization pictures")
     dataset_config: Path | None = honoured(
         None, "a .toml or .json file that describes the datasets; replaces --train_data_dir and --reg_data_dir"
@@ -72,7 +76,8 @@ class Dataset(Group):
         None, "caption templates that come with lorasmith, for an object or for a style"
     )
     caption_templates: tuple[str, ...] | None = honoured(
-        None, "templates of which one is drawn for each caption; {} stands for the class tokens or the caption"
+        None,
+        "templates of which one is drawn for each caption; {} stands for the new token, class tokens or caption",
     )
     keep_original_captions: bool = honoured(False, "put the template before the caption, not in its place")
     token_warmup_min: int = honoured(1, "tags of a caption that are used at the start of a token warmup", ge=0)

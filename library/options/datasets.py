@@ -15,8 +15,9 @@ from library.options import subset_specs
 from library.options.dataset_file import Table, read_dataset_file
 from library.options.dataset_schema import SOURCES
 from library.options.dataset_specs import Datasets, add_dataset
+from library.options.embedding_checks import has_network
 from library.options.lookup import Lookup
-from library.options.registry import Options
+from library.options.registry import FLAGS, Options
 from library.options.specs import Columns, DatasetSpec, HubDataset, SubsetSpec
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
@@ -117,9 +118,9 @@ def _subset_of_table(lookup: Lookup, table: Table, found: Datasets) -> SubsetSpe
         what = source["where"]
         found.notices.append(f"{what}: left out, because it is repeated {lookup['num_repeats']} times")
         return None
-    return subset_specs.subset_spec(
-        lookup, subject=lookup["class_tokens"], num_repeats=lookup["num_repeats"], is_reg=lookup["is_reg"], **source
-    )
+    told = {"class_tokens": lookup["class_tokens"], "is_reg": lookup["is_reg"]}
+    found.problems += subset_specs.subject_problems(lookup, source["where"], **told)
+    return subset_specs.subset_spec(lookup, num_repeats=lookup["num_repeats"], **told, **source)
 
 
 def _source(lookup: Lookup, table: Table, problems: list[Problem]) -> dict[str, Any] | None:
@@ -185,9 +186,10 @@ def _from_metadata(options: Options, path: Path, found: Datasets, bad: frozenset
     if options.dataset.reg_data_dir is not None:
         found.notices.append(f"{options.where('reg_data_dir')}: ignored, because --in_json names the pictures")
     found.problems += subset_specs.problems(lookup, where)
+    found.problems += subset_specs.subject_problems(lookup, where, None, is_reg=False)
     subset = subset_specs.subset_spec(
         lookup,
-        subject=None,
+        class_tokens=None,
         image_dir=folder or path.parent,
         num_repeats=lookup["num_repeats"],
         source="metadata",
@@ -208,7 +210,9 @@ def _from_folders(options: Options, train: Path, found: Datasets, bad: frozenset
 
 
 def _folders(lookup: Lookup, parent: Path, flag: str, is_reg: bool, found: Datasets) -> list[SubsetSpec]:
-    """The subsets of the `<repeats>_<name>` folders in `parent`, sorted by name."""
+    """The subsets of the `<repeats>_<name>` folders in `parent`, sorted by name. Where new tokens are trained, pictures
+    that lie in `parent` itself are a subset if it has no such folder; so they are where only the tokens are missing.
+    """
     where = lookup.options.where(flag)
     try:
         entries = sorted(parent.iterdir())
@@ -218,30 +222,56 @@ def _folders(lookup: Lookup, parent: Path, flag: str, is_reg: bool, found: Datas
         return []
     subsets = []
     other = []
+    numbered = False
     for folder in entries:
         if folder.name.startswith(".") or not folder.is_dir():
             continue
         repeats, class_tokens = _folder_name(folder.name)
+        numbered |= repeats is not None
         if repeats == 0:
             found.notices.append(f"{folder}: ignored, because its name asks for 0 repeats")
             continue
         if repeats is None:
             other.append(folder.name)
             continue
-        source = {"image_dir": folder, "num_repeats": repeats, "is_reg": is_reg, "where": str(folder)}
-        subset = subset_specs.subset_spec(lookup, subject=class_tokens, **source)
+        told: dict[str, Any] = {"class_tokens": class_tokens, "is_reg": is_reg}
+        found.problems += subset_specs.subject_problems(lookup, str(folder), **told)
+        subset = subset_specs.subset_spec(lookup, **told, image_dir=folder, num_repeats=repeats, where=str(folder))
         subsets.append(replace(subset, mask_dir=None) if is_reg else subset)
     if other and subsets:
         found.notices.append(f"{parent}: ignored, because they aren't named like 10_name: {_some(other)}")
     loose = sum(entry.suffix.lower() in _PICTURES for entry in entries)
     if loose and subsets:
         found.notices.append(f"{parent}: ignored, because they are in no folder like 10_name: {loose} pictures")
+    flat = lookup.options.embeddings.token_string is not None or not has_network(lookup.options)
+    if loose and not numbered and not is_reg and flat:
+        return [_flat(lookup, parent, loose, other, found)]
     if not subsets:
         parts = [f"the folders {_some(other)}"] if other else []
         parts += [f"{loose} pictures, which belong into such a folder"] if loose else []
         wrong = f"{parent} holds no folder named like 10_name (10 repeats), but {' and '.join(parts) or 'nothing else'}"
-        found.problems.append(Problem(where, wrong, f"move the pictures into {parent / '10_name'}"))
+        advice = f"move the pictures into {parent / '10_name'}"
+        if loose and not is_reg and any(FLAGS[name].needs == "token_string" for name in lookup.options.explicit):
+            advice += ", or add --token_string: new words do without such a folder"
+        found.problems.append(Problem(where, wrong, advice))
     return subsets
+
+
+def _flat(lookup: Lookup, parent: Path, pictures: int, other: Sequence[str], found: Datasets) -> SubsetSpec:
+    """The subset of the pictures in `parent`, as diffusers and invokeai-ti want them: their caption is the only token
+    where they have none."""
+    token = subset_specs.only_token(lookup)
+    found.problems += subset_specs.subject_problems(lookup, str(parent), token, is_reg=False)
+    repeats = lookup["num_repeats"]
+    times = f"{repeats} times" if repeats != 1 else "once"
+    found.notices.append(
+        f"{parent}: its {pictures} pictures are in no folder like 10_name; each is shown {times} in an epoch"
+    )
+    if other and not lookup["recursive"]:
+        found.notices.append(f"{parent}: ignored, because --recursive isn't given: the folders {_some(other)}")
+    return subset_specs.subset_spec(
+        lookup, class_tokens=token, image_dir=parent, num_repeats=repeats, where=str(parent)
+    )
 
 
 def _folder_name(name: str) -> tuple[int | None, str]:

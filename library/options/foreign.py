@@ -30,9 +30,8 @@ _PROGRAMS: Mapping[str, str] = {
     """,
     "other training scripts of sd-scripts": """
         train_inpainting no_token_padding train_text_encoder learning_rate_te learning_rate_te1 learning_rate_te2
-        use_safetensors block_lr diffusers_xformers stop_text_encoder_training_steps token_string init_word
-        num_vectors_per_token use_object_template use_style_template weights conditioning_channels cond_emb_dim
-        control_net_lr reference_model beta_dpo num_groups accelerator_project_dir
+        use_safetensors block_lr diffusers_xformers stop_text_encoder_training_steps
+        conditioning_channels cond_emb_dim control_net_lr reference_model beta_dpo num_groups accelerator_project_dir
     """,
 }
 FOREIGN: Mapping[str, str] = {name: program for program, names in _PROGRAMS.items() for name in names.split()}

@@ -24,7 +24,7 @@ _SCRIPTS = {
     "doesn't rotate or cut",
     "finetune/prepare_buckets_latents.py": "not needed: `--cache_latents_to_disk` with a metadata file does it; "
     "`tools/cache_latents.py` does it beforehand",
-    "train_textual_inversion.py, sdxl_train_textual_inversion.py": "not here yet",
+    "train_textual_inversion.py, sdxl_train_textual_inversion.py": "`train_textual_inversion.py`",
     "networks/resize_lora.py, merge_lora.py, sdxl_merge_lora.py, extract_lora_from_models.py, svd_merge_lora.py, "
     "merge_lora_old.py, lora_interrogator.py, check_lora_weights.py, convert_*.py": "not here yet",
     "tools/convert_diffusers20_original_sd.py, merge_models.py, show_metadata.py, resize_images_to_resolution.py, "
@@ -32,8 +32,10 @@ _SCRIPTS = {
     "finetune/make_captions.py, make_captions_by_git.py, tag_images_by_wd14_tagger.py, merge_captions_to_metadata.py, "
     "merge_dd_tags_to_metadata.py, clean_captions_and_tags.py": "not here yet",
     "train_db.py, fine_tune.py, sdxl_train.py, train_controlnet.py, sdxl_train_control_net*.py, train_leco.py, "
-    "gen_img.py, sdxl_gen_img.py, *_minimal_inference.py": "not part of this project: it trains networks, not whole "
-    "models, and draws only previews",
+    "gen_img.py, sdxl_gen_img.py, *_minimal_inference.py": "not part of this project: it trains networks "
+    "and embeddings, not whole models, and draws only previews",
+    "train_textual_inversion_XTI.py": "not part of this project: a word has one set of vectors, not one for each layer "
+    "of the U-Net",
     "flux_*, sd3_*, lumina_*, hunyuan_image_*, anima_*": "not part of this project: Stable Diffusion 1, 2 and "
     "SDXL only",
 }
@@ -53,8 +55,25 @@ _REST = """
 - With zero terminal SNR, losses are weighed by the SNR after the rescaling; `--legacy_ztsnr_weights` takes the one
   before it.
 - `--network_weights` and the network agree on alpha: the file's counts.
+- Textual inversion trains the vectors of the new tokens only, not the whole table of the text encoder, and never what
+  is in it already. There may be several tokens: `--token_string`, `--num_vectors_per_token`, `--init_word` and
+  `--weights` take one value for each.
+- `--init_word` must be one token; a phrase goes to `--initial_phrase`, which gives each token of it a vector.
+- `--use_object_template` and `--use_style_template` are other names of `--caption_preset`; the templates are our own.
+- Beside the `.pt` file of an embedding there is always a `.safetensors` file with the same tensors and metadata.
 - Latents are the mean of the VAE's distribution, not one draw of it (`--latent_sampling sample` draws anew each time).
 - Cached latents and text outputs know what they were made from; stale ones are made again.
+
+## From diffusers and InvokeAI
+
+Command lines of diffusers' `textual_inversion.py` and of `invokeai-ti` run with `train_textual_inversion.py`:
+[options.md](options.md#names-of-other-programs) lists what becomes of their flags. What differs:
+
+- Pictures keep their aspect ratio and are cropped in the middle, or kept whole with `--enable_bucket`; none is
+  squashed, and none is mirrored without `--flip_aug`.
+- Files and states are saved at one interval: the smaller of `--save_steps` and `--checkpointing_steps`.
+- `--validation_prompt` is one of `--preview_prompts`, drawn with 30 sampling steps; ` --s 25` behind it changes that.
+- `--scale_lr` is off unless it is given (`invokeai-ti` couldn't do without), and `--no_scale_lr` wins over a file.
 
 ## Flags
 

@@ -28,7 +28,8 @@ def problems(options: Options) -> Iterator[Problem]:
 def notices(options: Options) -> Iterator[str]:
     """What has no effect, or hardly any, in one line each."""
     network = options.network
-    if options.logging.log_norms and network.network_module and not network.network_module.startswith(_OWN):
+    foreign = network.network_module and not network.network_module.startswith(_OWN)
+    if options.logging.log_norms and foreign and not options.embeddings.token_string:
         yield f"--log_norms: has no effect, {network.network_module} tells no norms of blocks or modules"
     if network.scale_weight_norms is not None and network.network_module == LYCORIS and not network.dim_from_weights:
         given, _ = pairs(network.network_args or (), "")

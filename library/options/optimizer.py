@@ -19,6 +19,10 @@ class Optimizer(Group):
         "learning rate of each text encoder's part: SDXL has two, and one value counts for both; 0 leaves one out",
         each_ge=0,
     )
+    scale_lr: bool = honoured(
+        False, "multiply learning rates by pictures per step: batch size x accumulation x processes"
+    )
+    no_scale_lr: bool = honoured(False, "don't, although a config file or preset says --scale_lr")
     max_grad_norm: float = honoured(1.0, "gradients longer than this are shortened; 0 leaves them alone", ge=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",

@@ -5,6 +5,7 @@ from typing import Any
 
 from library.errors import Problem, nearest
 from library.options import modules
+from library.options.embedding_checks import embedding_rate, has_network
 from library.options.optimizer_names import (
     SCHEDULE_NAMES,
     TORCH_NAMES,
@@ -28,7 +29,10 @@ _SEVERAL_RATES = (
     *("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
     *("down_lr_weight", "mid_lr_weight", "up_lr_weight"),
 )
+_RATE_FLAGS = ("unet_lr", "text_encoder_lr", "embedding_lr", "learning_rate")
 _CLOSE_TO_1 = 0.1
+_LOW_FOR_VECTORS = 1e-5
+_HIGH_FOR_VECTORS = 0.1
 
 
 def chosen_optimizer(options: Options) -> str:
@@ -149,8 +153,10 @@ def _rates(options: Options) -> tuple[float, ...]:
     flags, network = options.optimizer, options.network
     unet = flags.learning_rate if flags.unet_lr is None else flags.unet_lr
     without_text = network.network_train_unet_only or options.training.stop_text_encoder_training == -1
-    rates = [] if network.network_train_text_encoder_only else [unet]
-    rates += [] if without_text else flags.text_encoder_lr or (flags.learning_rate,)
+    rates = [embedding_rate(options)]
+    if has_network(options):
+        rates += [] if network.network_train_text_encoder_only else [unet]
+        rates += [] if without_text else flags.text_encoder_lr or (flags.learning_rate,)
     return tuple(rate for rate in rates if rate)
 
 
@@ -164,7 +170,7 @@ def _learning_rates(options: Options) -> Iterator[Problem]:
     rates = sorted(set(_rates(options)))
     if len(rates) > 1:
         listed = ", ".join(f"{rate:g}" for rate in rates)
-        name = next(name for name in ("unet_lr", "text_encoder_lr", "learning_rate") if options.value(name) is not None)
+        name = next(name for name in _RATE_FLAGS if options.value(name) is not None)
         yield Problem(options.where(name), f"{info.name} takes one learning rate, not {listed}", "give one, such as 1")
     for key in options.network_arguments():
         if key in _SEVERAL_RATES:
@@ -258,18 +264,42 @@ def _adafactor(options: Options) -> Iterator[Problem]:
 
 
 def _of_rates(options: Options) -> Iterator[str]:
-    flags, info = options.optimizer, _info(options)
+    info = _info(options)
     if info is None or not info.has_d:
         return
     rates = _rates(options)
     if rates and max(rates) <= _CLOSE_TO_1:
-        name = "learning_rate" if flags.unet_lr is None else "unet_lr"
+        own = "unet_lr" if has_network(options) else "embedding_lr"
+        name = "learning_rate" if options.value(own) is None else own
         yield (
             f"{options.where(name)}: {info.name} finds the size of its steps itself and takes learning rates about 1, "
             f"{max(rates):g} is very low"
         )
     if len(set(rates)) > 1 and not info.one_rate:
         yield f"{options.where('optimizer_type')}: {info.name} is not made for several learning rates"
+
+
+def _of_vectors(options: Options) -> Iterator[str]:
+    rate, info = embedding_rate(options), _info(options)
+    name = "learning_rate" if options.embeddings.embedding_lr is None else "embedding_lr"
+    if not rate or (info is not None and (info.has_d or _relative(options))):
+        return
+    if rate >= _HIGH_FOR_VECTORS and info is not None and _steps_by_rate(info):
+        yield (
+            f"{options.where(name)}: {rate:g} is very high for the vectors of --token_string: steps of {info.name} are "
+            "about as long, and leave nothing of what they start from; 5e-4 to 5e-3 is usual"
+        )
+    if rate <= _LOW_FOR_VECTORS and not options.optimizer.scale_lr:
+        yield (
+            f"{options.where(name)}: {rate:g} is very low for the vectors of --token_string, which hardly move then; "
+            "5e-4 to 5e-3 is usual"
+        )
+
+
+def _steps_by_rate(info: OptimizerInfo) -> bool:
+    """Whether steps are about as long as the learning rate, as Adam's are; False of classes that nobody here knows."""
+    known = info.settings is not None or info.module == "torch.optim"
+    return known and "SGD" not in info.cls and info.cls != "Adadelta"
 
 
 def _of_schedules(options: Options) -> Iterator[str]:
@@ -305,7 +335,7 @@ def _of_adafactor(options: Options) -> Iterator[str]:
     if info is None or not info.relative_step:
         return
     if _relative(options):
-        for name in ("learning_rate", "unet_lr", "text_encoder_lr"):
+        for name in reversed(_RATE_FLAGS):
             if name in options.explicit and options.value(name):
                 yield (
                     f"{options.where(name)}: only says what is trained, because Adafactor finds its learning rate "
@@ -328,4 +358,4 @@ _CHECKS: tuple[Callable[[Options], Iterator[Problem]], ...] = (
     _schedule,
     _adafactor,
 )
-_NOTICES: tuple[Callable[[Options], Iterator[str]], ...] = (_of_rates, _of_schedules, _of_adafactor)
+_NOTICES: tuple[Callable[[Options], Iterator[str]], ...] = (_of_rates, _of_vectors, _of_schedules, _of_adafactor)

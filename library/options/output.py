@@ -47,7 +47,9 @@ class Hub(Group):
     """Hugging Face hub"""
 
     huggingface_repo_id: str | None = honoured(
-        None, "repository that every saved file is uploaded to, such as me/my-lora", metavar="USER/NAME"
+        None,
+        "repository that every saved file is uploaded to, such as me/my-lora; without a user, one of your own",
+        metavar="USER/NAME",
     )
     huggingface_repo_type: str | None = honoured(
         None, "model (the default), dataset or space", metavar="TYPE", needs="huggingface_repo_id"

@@ -1,9 +1,13 @@
 """The text of docs/options.md, made from the declarations of flags and dataset keys."""
 
+from collections.abc import Iterable
+
 from library.options.dataset_schema import KEYS, TITLES
 from library.options.flags import Flag
 from library.options.foreign import FOREIGN
+from library.options.other_names import OTHER_NAMES
 from library.options.registry import FLAGS, GROUPS
+from library.options.scripts import SCRIPTS, Script
 from library.options.values import written
 
 _HEAD = """# Options
@@ -19,6 +23,30 @@ the file wins over the default. Unambiguous beginnings of flags do. Numbers may 
 - **refused**: ends the run with exit code 2 when it is set to something other than its default or off. A setting of
   another refused flag, such as `--zero_stage` of `--deepspeed`, ends it only together with that flag; alone it is said
   to have no effect.
+"""
+_SCRIPTS = """## Scripts
+
+Both training scripts read the same flags, with these differences. A flag that a script doesn't have is an error on its
+command line; in a config file and in a preset it is ignored, with one line, so that files and presets work in both.
+
+| script | must be given, besides pictures | doesn't have | defaults of its own |
+|---|---|---|---|
+"""
+_OTHERS = """## Names of other programs
+
+diffusers' textual inversion scripts, InvokeAI's `invokeai-ti` and invoke-training name some flags otherwise. These
+names are taken too, on a command line and in a config file. They become our flags before anything else looks at them,
+and say so in `--print_command`; a flag under two names at once is an error. They can't be shortened.
+
+With `--placeholder_token` or `--trigger_term`, `train_textual_inversion.py` also takes what those programs take for
+granted where nothing else is said: `--learning_rate 1e-4`, and for pictures of `--train_data_dir` `--resolution 512`,
+`--dataset_repeats 100` (not with a preset that has a length of its own) and `--caption_preset object`. Saves are like
+theirs, too: every 500 steps (where no interval is given) with `--save_state`, so that `--resume_from_checkpoint latest`
+finds something, and with `--save_embedding_as diffusers`. It says so in one line; `--token_string` goes without them.
+`invokeai-ti` always multiplied learning rates; here only `--scale_lr` does.
+
+| name | kind | becomes |
+|---|---|---|
 """
 _DATASETS = """## Dataset file
 
@@ -37,18 +65,35 @@ them: `max_train_steps` or `max_train_epochs` says how long a run is.
 
 def options_page() -> str:
     """The whole text of docs/options.md."""
-    parts = [_HEAD]
+    parts = [_HEAD, _SCRIPTS + "\n".join(map(_script_row, SCRIPTS.values())) + "\n"]
     for name, model in GROUPS.items():
         parts.append(f"## {(model.__doc__ or name).splitlines()[0]}\n")
         parts.append("| flag | type | default | kind | meaning |\n|---|---|---|---|---|")
         parts.extend(_flag_row(flag) for flag in FLAGS.values() if flag.group == name)
         parts.append("")
     parts.append(_DATASETS + "\n".join(_key_row(name) for name in KEYS) + "\n")
+    parts.append(_OTHERS + "\n".join(map(_other_row, OTHER_NAMES)) + "\n")
     parts.append(_FOREIGN)
     for program in dict.fromkeys(FOREIGN.values()):
         names = sorted(name for name, owner in FOREIGN.items() if owner == program)
         parts.append(f"- From {program}: {', '.join(f'`{name}`' for name in names)}.")
     return "\n".join(parts) + "\n"
+
+
+def _script_row(script: Script) -> str:
+    groups = [f"the flags under {(GROUPS[name].__doc__ or name).splitlines()[0]}" for name in script.without]
+    lacking = [*groups, *(f"`--{name}`" for name in script.lacks)]
+    defaults = [f"`--{name} {value}`" for name, value in script.defaults.items()]
+    cells = (f"`{script.file}`", _listed(f"`--{name}`" for name in script.needs), _listed(lacking), _listed(defaults))
+    return f"| {' | '.join(cells)} |"
+
+
+def _listed(items: Iterable[str]) -> str:
+    return ", ".join(items) or "none"
+
+
+def _other_row(name: str) -> str:
+    return f"| `--{name}` | {OTHER_NAMES[name].flag.kind} | {_cell(OTHER_NAMES[name].meaning())} |"
 
 
 def _flag_row(flag: Flag) -> str:

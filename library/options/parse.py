@@ -2,27 +2,33 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from library.errors import Problem, UserError
-from library.options import checks, presets, values
-from library.options.config_file import FromFile, read_config, write_config
+from library.options import checks, presets, scale_lr, values
+from library.options.config_file import FromFile, named, read_config, write_config
 from library.options.datasets import read_datasets
-from library.options.parser import read_command_line
-from library.options.registry import FLAGS, GROUPS, Options
+from library.options.other_names import OTHER_NAMES, names_of_script
+from library.options.parser import read_command_line, scripts_with
+from library.options.registry import FLAGS, GROUPS, Options, flags_of_script
+from library.options.renaming import Place, combine, rename
+from library.options.scripts import TRAIN_NETWORK, Script
 from library.options.specs import DatasetSpec
 
 
-def parse(argv: Sequence[str], needs: Sequence[str] = tuple(checks.NEEDS)) -> Options:
+def parse(argv: Sequence[str], needs: Sequence[str] | None = None, script: Script = TRAIN_NETWORK) -> Options:
     """The options that `argv`, without the program's name, and the config file in it ask for.
 
-    `needs` are the flags that must be given: those of a training, unless a tool needs fewer.
+    Args:
+        needs: flags that must be given: those of the script, unless a tool needs fewer.
+        script: whose command line it is. Flags of other scripts are unknown in it, and are left out of files.
 
     Raises:
         UserError: with every problem that was found.
         SystemExit: code 0, after `--help` or `--output_config`.
     """
-    typed, problems = read_command_line(argv)
+    typed, problems = read_command_line(argv, script)
     if typed.get("list_optimizers"):
         from library.options.optimizer_names import list_text
 
@@ -30,36 +36,88 @@ def parse(argv: Sequence[str], needs: Sequence[str] = tuple(checks.NEEDS)) -> Op
         raise SystemExit(0)
     file = _config_file(typed)
     problems += file.problems
-    given = {**file.values, **typed}
-    places = {**file.places, **{name: f"--{name}" for name in typed}}
-    preset = presets.read_presets(str(given.get("preset") or ""), places.get("preset", "--preset"))
-    preset.add_length(file, str(typed.get("config_file")))
+    preset = presets.read_presets(*_preset(file, typed))
+    preset.add_length(file, _file_name(typed))
     problems += preset.problems
-    if preset.length and not {"max_train_steps", "max_train_epochs"} & given.keys():
-        given["max_train_steps"], places["max_train_steps"] = preset.length.steps, "preset: steps"
-    places = {**preset.places, **places}
-    read, bad = _read({**preset.values, **given}, places, problems)
-    notices = [*file.notices, *_judge(read, places, bad, problems)]
+    from_line = Place(typed, {name: f"--{name}" for name in typed})
+    from_file = Place(file.values, file.places, _without(file.values, script, _file_name(typed)))
+    from_preset = Place(preset.values, preset.places, _without(preset.values, script, f"--preset {preset.name}"))
+    given = _together((from_line, from_file, from_preset), script, preset.length)
+    problems += given.problems
+    places = given.places
+    read, bad = _read(given.values, places, problems)
+    notices = [*file.notices, *given.notices, *_judge(read, places, bad, problems)]
     for cached in ("cache_latents", "cache_text_encoder_outputs"):
         if read.get(f"{cached}_to_disk"):
             read[cached] = True
-    options = _build(read, places, notices)
+    options = _build(script, read, places, notices)
     if options.config.output_config:
         _write(options, problems)
-    found = checks.check(options, frozenset(bad), needs)
+    found = checks.check(options, frozenset(bad), tuple(script.needs) if needs is None else needs)
     problems += found.problems
     datasets = read_datasets(options, frozenset(bad))
     problems += datasets.problems
     if preset.length and not problems and "dataset_repeats" not in read:
         options = _repeated(options, preset.length, datasets.specs, notices)
+        datasets = read_datasets(options)
+    problems += scale_lr.problems(options, datasets.specs)
     if options.config.print_command and not problems:
         print(presets.command(options))
         raise SystemExit(0)
-    told = dict.fromkeys([*notices, *found.notices, *datasets.notices])
+    options, rates = scale_lr.scaled(options, datasets.specs)
+    told = dict.fromkeys([*notices, *found.notices, *datasets.notices, *rates])
     lines = tuple(line for line in told if not line.startswith("preset "))
     if problems:
         raise UserError(dict.fromkeys(problems), lines)
     return options.model_copy(update={"notices": lines})
+
+
+def _preset(file: FromFile, typed: dict[str, Any]) -> tuple[str, str]:
+    """The presets that are asked for, and the place that asks."""
+    if "preset" in typed:
+        return str(typed["preset"] or ""), "--preset"
+    return str(file.values.get("preset") or ""), file.places.get("preset", "--preset")
+
+
+def _file_name(typed: dict[str, Any]) -> str:
+    """The config file, as messages name it."""
+    return str(named(Path(typed["config_file"]))) if typed.get("config_file") else ""
+
+
+def _without(found: dict[str, Any], script: Script, where: str) -> list[str]:
+    """Drop what a file says for flags that the script doesn't have; the line that tells it."""
+    known = {*flags_of_script(script.name), *names_of_script(script)}
+    foreign = [name for name in found if name not in known]
+    for name in foreign:
+        del found[name]
+    owners = " and ".join(dict.fromkeys(scripts_with(name) for name in foreign))
+    listed = ", ".join(sorted(foreign))
+    return [f"{where}: flags of {owners} have no effect here and are ignored: {listed}"] if foreign else []
+
+
+def _together(places: Sequence[Place], script: Script, length: presets.Length | None) -> Place:
+    """What all places say, by our names, and how long a preset's run is; places that come first win."""
+    theirs = {name for place in places for name in place.values if name in OTHER_NAMES}
+    above: set[str] = set()
+    for place in places:
+        rename(place, above)
+        above |= place.values.keys()
+    given = Place({}, {})
+    for place in reversed(places):
+        for switch, opposite in (("scale_lr", "no_scale_lr"), ("no_scale_lr", "scale_lr")):
+            if place.values.get(switch) in (True, "true", "1"):
+                given.values.pop(opposite, None)
+                given.places.pop(opposite, None)
+        given.values |= place.values
+        given.places |= place.places
+    for place in places:
+        given.notices += place.notices
+        given.problems += place.problems
+    combine(given, theirs, script, paced=length is not None)
+    given.notices += presets.settle(given.values, given.places, script)
+    if length and not {"max_train_steps", "max_train_epochs"} & given.values.keys():
+        given.put("max_train_steps", length.steps, "preset: steps")
+    return given
 
 
 def _repeated(options: Options, length: presets.Length, specs: Sequence[DatasetSpec], notices: list[str]) -> Options:
@@ -126,12 +184,13 @@ def _judge(read: dict[str, Any], places: dict[str, str], bad: set[str], problems
     return lines
 
 
-def _build(read: dict[str, Any], places: dict[str, str], notices: list[str]) -> Options:
+def _build(script: Script, read: dict[str, Any], places: dict[str, str], notices: list[str]) -> Options:
     by_group: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
-    for name, value in read.items():
+    for name, value in {**script.defaults, **read}.items():
         by_group[FLAGS[name].group][name] = value
     groups = {name: GROUPS[name](**members) for name, members in by_group.items()}
-    return Options.model_validate({**groups, "explicit": frozenset(read), "places": places, "notices": tuple(notices)})
+    more = {"script": script.name, "explicit": frozenset(read), "places": places, "notices": tuple(notices)}
+    return Options.model_validate({**groups, **more})
 
 
 def _write(options: Options, problems: list[Problem]) -> None:

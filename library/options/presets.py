@@ -11,12 +11,17 @@ from typing import Any
 from library.errors import Problem, nearest
 from library.options.config_file import FromFile, read_config
 from library.options.flags import Flag
-from library.options.registry import FLAGS, Options
+from library.options.registry import Options, flags_of_script
+from library.options.scripts import SCRIPTS, Script
 from library.options.specs import DatasetSpec, SubsetSpec
 from library.options.values import written
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
+_MISPLACED = {
+    **dict.fromkeys(("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), "embeddings are trained"),
+    "ti_train_steps_ratio": "only embeddings are trained",
+}
 _NOT_SHOWN = ("config_file", "output_config", "preset", "print_command", "dry_run")
 
 
@@ -30,8 +35,9 @@ class Length:
 
 @dataclass
 class Preset:
-    """What the presets of a run say together; `length` is that of the last one that has any."""
+    """What the presets of a run say together; `length` is that of the last one that has any. `name` is as written."""
 
+    name: str = ""
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -57,7 +63,7 @@ def names() -> list[str]:
 
 def read_presets(text: str, where: str) -> Preset:
     """The presets named in `text`, one or several with commas between; a later one wins."""
-    found = Preset()
+    found = Preset(text)
     for name in filter(None, (part.strip() for part in text.split(","))):
         path = FOLDER / f"{name}.toml"
         if name not in names():
@@ -70,6 +76,24 @@ def read_presets(text: str, where: str) -> Preset:
         found.places |= {key: f"preset {name}: {key}" for key in file.values}
         found.add_length(file, str(path))
     return found
+
+
+def settle(values: dict[str, Any], places: dict[str, str], script: Script) -> list[str]:
+    """Drop from all that was said what the run can't do: of what a preset says, a cache of text that embeddings change,
+    and of what a file says, too, which may be meant for both scripts, the end of embeddings before that of the run
+    where nothing else is trained. The lines that tell it."""
+    lines = []
+    for name, why in _MISPLACED.items():
+        place = places.get(name, "")
+        if name == "ti_train_steps_ratio":
+            moot = "network" in script.without and bool(place) and not place.startswith("--")
+        else:
+            moot = bool(values.get("token_string")) and place.startswith("preset ")
+        if moot:
+            del values[name]
+            del places[name]
+            lines.append(f"{'--' if place.startswith('preset ') else ''}{place}: left out, because {why}")
+    return lines
 
 
 def repeats(
@@ -104,10 +128,10 @@ def _trained(subset: SubsetSpec) -> int:
     return count - int(count * Fraction(repr(subset.validation_split)) + Fraction(1, 2))
 
 
-def command(options: Options, script: str = "train_network.py") -> str:
+def command(options: Options) -> str:
     """The full command that the options amount to: every flag that was set, wherever; secrets are left out."""
-    lines = [f"accelerate launch {script}"]
-    for name, flag in FLAGS.items():
+    lines = [f"accelerate launch {SCRIPTS[options.script].file}"]
+    for name, flag in flags_of_script(options.script).items():
         value = options.value(name)
         if name in options.explicit and name not in _NOT_SHOWN and not flag.secret and value != flag.default:
             lines.append(_words(flag, value))

@@ -12,6 +12,9 @@ class Sampling(Group):
     """Previews"""
 
     sample_prompts: Path | None = honoured(None, "prompts of previews: a .txt, .toml or .json file")
+    preview_prompts: tuple[str, ...] | None = honoured(
+        None, "prompts of previews, each as a line of a .txt file of --sample_prompts; drawn after those of the file"
+    )
     sample_every_n_epochs: int | None = honoured(None, "draw previews every n epochs", zero_is_off=True)
     sample_every_n_steps: int | None = honoured(None, "draw previews every n steps", zero_is_off=True)
     sample_at_first: bool = honoured(False, "draw previews before the first step")
@@ -30,7 +33,9 @@ class Logging(Group):
         None, "where scalars go, besides the run's own .log.jsonl (default: tensorboard with --logging_dir)"
     )
     log_prefix: str | None = honoured(None, "start of the run's folder name", metavar="TEXT")
-    log_tracker_name: str | None = honoured(None, "name of the tracker (default: network_train)", metavar="NAME")
+    log_tracker_name: str | None = honoured(
+        None, "name of the tracker (default: network_train, or textual_inversion)", metavar="NAME"
+    )
     log_tracker_config: str | None = honoured(
         None, "TOML file with settings of the trackers: a table for each, such as [wandb]", metavar="FILE.toml"
     )

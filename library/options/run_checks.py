@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from library.errors import Problem
+from library.options.embedding_checks import always_trains_vectors
 from library.options.registry import Options
 
 _STARTS = ("initial_step", "initial_epoch")
@@ -26,7 +27,8 @@ def problems(options: Options) -> Iterator[Problem]:
         yield Problem(options.where("stop_text_encoder_training"), wrong, "leave out one of the two")
     rates = options.optimizer
     unet = rates.learning_rate if rates.unet_lr is None else rates.unet_lr
-    if stop > 0 and (network.network_train_text_encoder_only or not unet):
+    alone = network.network_train_text_encoder_only or not unet
+    if stop > 0 and alone and not always_trains_vectors(options):
         wrong = "nothing would be trained after it, because the U-Net's part is left out"
         yield Problem(options.where("stop_text_encoder_training"), wrong, "end the run there: --max_train_steps")
 
@@ -45,5 +47,6 @@ def notices(options: Options) -> Iterator[str]:
     if training.initial_epoch is not None and training.initial_step is not None:
         yield f"{options.where('initial_epoch')}: has no effect, because initial_step counts"
     sampling = options.sampling
-    if sampling.sample_images_per_prompt > 1 and sampling.sample_prompts is None:
-        yield f"{options.where('sample_images_per_prompt')}: has no effect without --sample_prompts"
+    if sampling.sample_images_per_prompt > 1 and not (sampling.sample_prompts or sampling.preview_prompts):
+        where = options.where("sample_images_per_prompt")
+        yield f"{where}: has no effect without --sample_prompts or --preview_prompts"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from library.errors import Problem, nearest
+from library.options.embedding_checks import has_network
 from library.options.registry import Options
 
 RepoKind = Literal["model", "dataset", "space"]
@@ -76,9 +77,10 @@ def _hub(options: Options) -> Iterator[Problem]:
     hub = options.hub
     if hub.huggingface_repo_id is None:
         return
-    if not is_repo(hub.huggingface_repo_id):
-        wrong = f"{hub.huggingface_repo_id!r} is no name of a repository"
-        yield Problem(options.where("huggingface_repo_id"), wrong, "give user/name, such as me/my-lora")
+    named = hub.huggingface_repo_id
+    if not is_repo(named if "/" in named else f"me/{named}"):
+        advice = "give user/name, such as me/my-lora, or the name of one of your own"
+        yield Problem(options.where("huggingface_repo_id"), f"{named!r} is no name of a repository", advice)
     try:
         repo_kind(hub.huggingface_repo_type)
     except ValueError as fault:
@@ -116,7 +118,7 @@ def notices(options: Options) -> Iterator[str]:
             "--huggingface_token: whoever may list this machine's processes can read it; "
             "the variable HF_TOKEN or `hf auth login` keep it to yourself"
         )
-    if options.output.save_model_as in ("pt", "ckpt"):
+    if has_network(options) and options.output.save_model_as in ("pt", "ckpt"):
         lost = sorted(name for name in given if name.startswith("metadata_") or name == "training_comment")
         more = f", so that {', '.join(f'--{name}' for name in lost)} will be lost" if lost else ""
         yield f"{options.where('save_model_as')} {options.output.save_model_as}: this format holds no metadata{more}"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -37,6 +37,7 @@ from library.training.phases import Phases
 from library.training.precision import trained_dtype
 from library.training.prepare import Prepared
 from library.training.previews import PreviewWriter
+from library.training.products import products
 from library.training.rate_control import build_rates
 from library.training.record import RunRecord
 from library.training.requests import Requests
@@ -47,20 +48,13 @@ from library.training.schedules import schedule_settings
 from library.training.state import RunState, load_tensors
 from library.training.steps import Save
 from library.training.tracking import LossAverage, NoTracker, Tracker
-from library.training.trainable import NetworkTrainable
+from library.training.trainable import Trainable
 from library.training.uploads import Uploader
 from library.training.validation import Validation, ValidationResult
 from library.training.watch import Watch
-from library.weights.check import check_file
 from library.weights.model_hash import BackgroundHashes
 
 _SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_EXTENSIONS: Mapping[str | None, Literal[".safetensors", ".pt", ".ckpt"]] = {
-    None: ".safetensors",
-    "safetensors": ".safetensors",
-    "pt": ".pt",
-    "ckpt": ".ckpt",
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ def assemble(
     prepared: Prepared,
     model: Model,
     encode: Encode,
-    trainable: NetworkTrainable,
+    trainable: Trainable,
     latents: LatentStore | None,
     around: Surroundings,
 ) -> tuple[Loop, Saver]:
@@ -106,6 +100,7 @@ def assemble(
     watch = Watch(options.training.early_stopping_patience, kept.get("curves"))
     saved = [(int(step), str(stem)) for step, stem in kept.get("saved", ())]
     denoising = _denoising(prepared, model, encode, trainable, processes)
+    freezing = _freezing(prepared)
 
     def snapshot(updates_done: int) -> RunState:
         return RunState(
@@ -120,6 +115,7 @@ def assemble(
             prepared.may_change,
             {"curves": watch.state(), "saved": saved},
             processes.count,
+            {name: step for name, step in freezing.items() if step <= updates_done},
         )
 
     def stored() -> dict[str, Any]:
@@ -139,12 +135,10 @@ def assemble(
     output_dir = Path(str(options.output.output_dir))
     saver = Saver(
         output_dir,
-        _EXTENSIONS[options.output.save_model_as],
+        products(prepared, trainable, record),
         _SAVE_DTYPES[options.output.save_precision],
         trainable,
         stored,
-        record.metadata,
-        lambda path: check_file(path, trainable.file_shapes(), trained_parts=prepared.rates.trained),
         snapshot,
         evaluating=learner.evaluating,
         after=around.uploader.send if around.uploader else None,
@@ -174,7 +168,7 @@ def assemble(
         0 if resume else prepared.first_update,
     )
     loop = Loop(
-        _loop_settings(prepared),
+        _loop_settings(prepared, freezing),
         denoising,
         learner,
         _loader(prepared, prepared.plan, model, latents, processes, prepared.seed),
@@ -195,11 +189,11 @@ def assemble(
     return loop, saver
 
 
-def _learner(prepared: Prepared, trainable: NetworkTrainable, device: torch.device) -> Learner:
+def _learner(prepared: Prepared, trainable: Trainable, device: torch.device) -> Learner:
     """Optimizer and schedule over what is trained, or over its float32 masters."""
     flags = prepared.options.optimizer
     dtype, groups, rounded = trained_dtype(prepared.options), trainable.groups, None
-    if dtype != torch.float32:
+    if prepared.trains_network and dtype != torch.float32:
         rounded = RoundedParameters(trainable.parameters(), dtype, prepared.seed, device)
         groups = rounded.groups(groups)
     built = build_optimizer(
@@ -210,11 +204,12 @@ def _learner(prepared: Prepared, trainable: NetworkTrainable, device: torch.devi
         rate=flags.learning_rate,
         names=trainable.descriptions,
     )
+    built.settle = trainable.hold_norms
     return Learner(built, build_rates(built, schedule_settings(flags, prepared.schedule_total)), rounded)
 
 
 def _denoising(
-    prepared: Prepared, model: Model, encode: Encode, trainable: NetworkTrainable, processes: Processes
+    prepared: Prepared, model: Model, encode: Encode, trainable: Trainable, processes: Processes
 ) -> Denoising:
     """Model, text, objective and noise of the run."""
     loss, before = prepared.options.loss, None
@@ -277,7 +272,23 @@ def _validation(
     return run
 
 
-def _loop_settings(prepared: Prepared) -> LoopSettings:
+def _freezing(prepared: Prepared) -> dict[str, int]:
+    """After how many updates parts are trained no more. What was frozen when a state was written stays so in a run that
+    goes on from it, however much longer it is, unless the flag that says when is another one."""
+    total, plan = prepared.clock.total_updates, prepared.embeddings
+    steps = {
+        "stop_text_encoder_training": text_encoder_steps(prepared.options, total),
+        "ti_train_steps_ratio": plan.frozen_after(total) if plan else None,
+    }
+    found = {flag: step for flag, step in steps.items() if step is not None}
+    state = prepared.resume.state if prepared.resume else None
+    if state is None:
+        return found
+    same = [flag for flag in state.frozen if state.may_change.get(flag) == prepared.may_change.get(flag)]
+    return found | {flag: state.frozen[flag] for flag in same}
+
+
+def _loop_settings(prepared: Prepared, freezing: Mapping[str, int]) -> LoopSettings:
     """The numbers of the loop."""
     options = prepared.options
     return LoopSettings(
@@ -287,7 +298,8 @@ def _loop_settings(prepared: Prepared) -> LoopSettings:
         loss_scale=options.model.mixed_precision == "fp16",
         scale_weight_norms=options.network.scale_weight_norms,
         text_memo_bytes=options.caching.text_memo_mb * 2**20,
-        text_encoder_steps=text_encoder_steps(options, prepared.clock.total_updates),
+        text_encoder_steps=freezing.get("stop_text_encoder_training"),
+        embedding_steps=freezing.get("ti_train_steps_ratio"),
         log_norms=options.logging.log_norms,
     )
 

@@ -7,7 +7,8 @@ import torch
 from library.errors import UserError
 from library.global_draws import seed_global_generators
 from library.models.model import Model
-from library.training.prepare import Prepared, needs_strength
+from library.training.prepare import Prepared
+from library.training.prepare_checks import needs_strength
 from library.training.trainable import ForeignTrainable, NetworkTrainable
 from networks import foreign
 from networks.facade import text_encoder_facade, unet_facade
@@ -37,17 +38,23 @@ def attach_network(prepared: Prepared, model: Model, device: torch.device) -> Ne
     if options.network_weights and (own or not options.dim_from_weights):
         trainable.load_weights(options.network_weights)
     trainable.to(device)
-    if prepared.options.model.gradient_checkpointing:
-        flags = prepared.options.model
-        model.enable_gradient_checkpointing(
-            flags.gradient_checkpointing_every, flags.gradient_checkpointing_attention_only
-        )
+    if checkpoint(prepared, model):
         trainable.enable_gradient_checkpointing()
     trainable.prepare()
     if needs_strength(prepared.plan):
         trainable.set_multiplier(0.0)
         trainable.set_multiplier(1.0)
     return trainable
+
+
+def checkpoint(prepared: Prepared, model: Model) -> bool:
+    """`--gradient_checkpointing` of the model itself; whether it is asked for."""
+    flags = prepared.options.model
+    if flags.gradient_checkpointing:
+        model.enable_gradient_checkpointing(
+            flags.gradient_checkpointing_every, flags.gradient_checkpointing_attention_only
+        )
+    return flags.gradient_checkpointing
 
 
 def _create(prepared: Prepared, model: Model, unet: Any, text_encoder: Any, own: bool) -> Any:

@@ -15,6 +15,7 @@ from library.data.caches.upkeep import TEXT_ENDINGS, Finding, endings, prune, re
 from library.data.plan import Plan
 from library.errors import UserError
 from library.options import Options, parse
+from library.training.embedding_plan import plan_embeddings
 from library.training.launcher import available_cores, prepare_cpu_threads
 from library.training.prepare_data import PreparedData, prepare_caching
 
@@ -125,11 +126,15 @@ def _texts(job: Job, prepared: PreparedData, plan: Plan) -> tuple[list[Finding],
     from library.data.caches.upkeep import look_at_texts
     from library.data.caption_plan import plan_captions
     from library.training.distributed import join_processes
+    from library.training.embedding_vectors import make_vectors
     from library.training.loading import load_model
     from library.training.text import caption_files
 
+    embeddings = plan_embeddings(prepared.options, prepared.model)
     processes = join_processes()
     model = load_model(prepared.options, prepared.model, processes, with_unet=False, with_vae=False)
+    if embeddings is not None:
+        make_vectors(embeddings, model, seed=0)
     captions = plan_captions(plan)
     files = caption_files(captions, model)
     if captions.varying:

@@ -1,6 +1,6 @@
 """`--dry_run`: everything that a run would do, as tables on stdout. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from library.data import report
@@ -8,20 +8,29 @@ from library.data.custom import CustomPlan
 from library.data.plan import Plan
 from library.models.weighted import fragments
 from library.tokenizer import WORDS
+from library.tokenizer.vocabulary import PLAIN
+from library.training.embedding_rows import BYTES, embedding_lines
 from library.training.expected import expected_modules
 from library.training.memory_plan import Prediction
 from library.training.prepare import Prepared
 from library.training.state import SUFFIX
 from library.training.steps import VALIDATION_TIMESTEPS, Clock, SavePlan
 from library.training.text_use import text_use
+from library.training.weight_files import Holds, weight_files
 from networks.planned import Planned
 
-BYTES = {None: 4, "float": 4, "fp16": 2, "bf16": 2}
 SHOWN = 6
+_HELD: Mapping[Holds, str] = {
+    "network": "weights",
+    "kohya": "embedding",
+    "webui": "embedding for A1111",
+    "diffusers": "embedding for diffusers",
+    "bundle": "bundle",
+}
 
 
 def show(prepared: Prepared, prediction: Prediction) -> None:
-    """Print the tables of data, steps, files and network, and how much memory the run will need."""
+    """Print the tables of data, steps, files, network and embeddings, and how much memory the run will need."""
     plan, clock = prepared.plan, prepared.clock
     report.line(prepared.model.line)
     if isinstance(plan, CustomPlan):
@@ -46,8 +55,9 @@ def show(prepared: Prepared, prediction: Prediction) -> None:
     if prepared.data.held_out is not None:
         _show_validation(prepared, prepared.data.held_out)
     report.saves_table(_save_rows(prepared))
-    report.network_table(_network_rows(prepared))
-    for line in prediction.lines():
+    if prepared.trains_network:
+        report.network_table(_network_rows(prepared))
+    for line in (*embedding_lines(prepared), *prediction.lines()):
         report.line(line)
 
 
@@ -71,6 +81,7 @@ def _show_data(prepared: Prepared) -> None:
         token_limit=options.model.max_token_length or WORDS,
         fragments=fragments if options.dataset.weighted_captions else None,
         pad_id=min(encoder.pad_id for encoder in prepared.model.family.text_encoders),
+        vocabulary=prepared.embeddings.vocabulary if prepared.embeddings else PLAIN,
         text=text_use(prepared),
         accumulation=clock.accumulation,
         total_steps=clock.total_updates,
@@ -99,11 +110,12 @@ def write_samples(prepared: Prepared) -> None:
 
 
 def _save_rows(prepared: Prepared) -> list[tuple[str, str, str]]:
-    clock, plan = prepared.clock, prepared.saves
-    rows = []
+    clock, plan, encoders = prepared.clock, prepared.saves, len(prepared.model.family.text_encoders)
+    rows: list[tuple[str, str, str]] = []
     for done in _moments(plan, clock):
         for save in plan.due(done, clock):
-            rows.append(("weights", f"step {done}", f"{save.stem}.safetensors"))
+            files = weight_files(prepared.options, prepared.embeddings, encoders, save.stem)
+            rows += [(_HELD[file.holds], f"step {done}", file.name) for file in files]
             if save.state:
                 rows.append(("state", f"step {done}", f"{save.stem}{SUFFIX}/"))
     if len(rows) > 2 * SHOWN:

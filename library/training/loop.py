@@ -28,7 +28,6 @@ from library.training.requests import Requests
 from library.training.rounding import RoundedParameters
 from library.training.steps import Clock
 from library.training.text import FrozenText
-from library.training.trainable import TEXT
 
 _KEY, _SIGNAL = 130, 143
 _WISHES = ("told/key", "told/signal", "told/save", "told/stop")
@@ -53,7 +52,8 @@ class LoopSettings:
         max_grad_norm: gradients longer than this are shortened; 0 leaves them alone.
         loss_scale: on for float16 only.
         scale_weight_norms: what a module adds is shrunk to this norm after each update; None leaves it alone.
-        text_encoder_steps: after so many updates the text encoders' part is frozen; None never.
+        text_encoder_steps, embedding_steps: after so many updates the text encoders' part and the vectors of new
+            tokens are frozen; None never.
         text_memo_bytes: of the memo of captions, once text encoders are frozen.
         log_norms: log norms of gradients and weights per block.
     """
@@ -64,6 +64,7 @@ class LoopSettings:
     loss_scale: bool = False
     scale_weight_norms: float | None = None
     text_encoder_steps: int | None = None
+    embedding_steps: int | None = None
     text_memo_bytes: int = 0
     log_norms: bool = False
 
@@ -133,9 +134,7 @@ class Loop:
         """
         clock = self.settings.clock
         self.interrupt.defer()
-        steps = self.settings.text_encoder_steps
-        if steps is not None and self.updates_done > steps:
-            self._freeze_text_encoders()
+        self._freeze(self.updates_done - 1)
         if self.updates_done == 0:
             self.events.draw(0)
         if not self.events.has_looked(self.updates_done) and self.events.look(self.updates_done):
@@ -169,7 +168,10 @@ class Loop:
             if self.updates_done and self.processes.is_main:
                 self.events.save_all([self.events.saves.on_stop(self.updates_done)], self.updates_done)
                 self.is_saved = True
-                say(f"the work up to step {self.updates_done} is saved; with other pictures, --network_weights goes on")
+                say(
+                    f"the work up to step {self.updates_done} is saved; with other pictures, start from its files "
+                    "(--network_weights, --weights)"
+                )
             raise
 
     def catch_up(self) -> None:
@@ -184,8 +186,7 @@ class Loop:
     def _update(self, group: Sequence[Batch]) -> None:
         """One optimizer step over a group of micro-batches. What it shows is put into the readings."""
         settings, learner = self.settings, self.learner
-        if settings.text_encoder_steps is not None and self.updates_done >= settings.text_encoder_steps:
-            self._freeze_text_encoders()
+        self._freeze(self.updates_done)
         loss = torch.zeros((), device=self.processes.device)
         for batch in group:
             loss = loss + self._micro_step(batch, len(group))
@@ -214,6 +215,7 @@ class Loop:
         if learner.rounded:
             learner.rounded.after_step(self.updates_done)
         learner.rates.after_update()
+        self.trainable.after_update()
         if settings.scale_weight_norms is not None:
             values |= self.trainable.limit_norms(settings.scale_weight_norms, self.processes.device)
         if settings.log_norms:
@@ -222,13 +224,29 @@ class Loop:
         self.is_whole = True
         self._readings.put(self.updates_done, values, _Made(tuple(group), self._rates()))
 
-    def _freeze_text_encoders(self) -> None:
-        """From this step on only the U-Net's part is trained."""
-        if self.trainable.trains_text_encoder:
-            self.trainable.freeze_text_encoders()
-            memo, device = self.settings.text_memo_bytes, self.processes.device
-            self.denoising.encode = FrozenText(self.denoising.encode, self.trainable, memo, device)
-            say(f"the text encoders are trained no more, after step {self.settings.text_encoder_steps}")
+    def _freeze(self, updates: int) -> None:
+        """What is trained for so many updates at most stays as it is from now on."""
+        settings, trainable = self.settings, self.trainable
+        trained = trainable.trains_text_encoder
+        parts = (
+            (settings.text_encoder_steps, trainable.freeze_text_encoders, "the text encoders are"),
+            (settings.embedding_steps, trainable.freeze_embeddings, "the new tokens' vectors are"),
+        )
+        for steps, freeze, what in parts:
+            if steps is None or updates < steps:
+                continue
+            before = trainable.trains_text_encoder, trainable.frozen_groups
+            freeze()
+            if before == (trainable.trains_text_encoder, trainable.frozen_groups):
+                continue
+            if self.learner.rounded is None:
+                groups = zip(trainable.descriptions, trainable.groups, strict=True)
+                frozen = [group["params"] for name, group in groups if name in trainable.frozen_groups - before[1]]
+                self.learner.built.freeze([parameter for some in frozen for parameter in some])
+            say(f"{what} trained no more, after step {steps}")
+        if trained and not trainable.trains_text_encoder:
+            memo, device = settings.text_memo_bytes, self.processes.device
+            self.denoising.encode = FrozenText(self.denoising.encode, trainable, memo, device)
 
     def _micro_step(self, batch: Batch, group_size: int) -> torch.Tensor:
         """Forward and backward of this process's samples; returns their part of the update's loss, 0-d."""
@@ -266,7 +284,7 @@ class Loop:
     def _rates(self) -> dict[str, float]:
         """The learning rates of the update just made, as they are logged."""
         names = self.trainable.descriptions
-        frozen = {name for name in names if name.startswith(TEXT) and not self.trainable.trains_text_encoder}
+        frozen = self.trainable.frozen_groups
         rates = {f"lr/{name}": rate for name, rate in zip(names, self.learner.rates.rates(), strict=True)}
         steps = self.learner.built.step_sizes() or {}
         found = rates | {f"lr/d*lr/{name}": step for name, step in steps.items()}

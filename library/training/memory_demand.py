@@ -4,7 +4,7 @@ What that comes to is library.training.memory_plan's. Imports no torch.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,12 +14,13 @@ from library.data.caption_plan import plan_captions
 from library.data.custom import CustomPlan
 from library.data.plan import Plan
 from library.models.info import ModelInfo
-from library.models.lora_targets import parameter_count, targets
+from library.models.lora_targets import Shape, parameter_count, targets
 from library.models.memory_tables import Checkpointing, unet_weights
 from library.options import Options
+from library.options.modules import pairs
 from library.options.optimizer_checks import chosen_optimizer
 from library.tokenizer import WORDS
-from library.training.expected import expected_modules
+from library.training.expected import expected_modules, vector_shapes
 from library.training.learning_rates import LearningRates
 from library.training.prepare import Prepared
 from library.training.text_use import text_use
@@ -45,6 +46,10 @@ STATE_BYTES: Mapping[str, float] = {
 }
 """Bytes of state that an optimizer keeps for each trained number, by `--optimizer_type`."""
 _UNKNOWN_STATE = 8.0
+_SAME_STATE = frozenset({"betas", "eps", "weight_decay"})
+"""Settings of optimizers that make no difference to what they keep."""
+_WHOLE_STATE_BELOW = 4096
+"""Of tensors with fewer numbers, optimizers of 8 bits keep a state of 32 bits (bitsandbytes' `min_8bit_size`)."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,14 @@ class Demand:
         bucket: (width, height) in pixels of the batch that needs most, and `batch`: how many samples it has.
         fp8_unet, fp8_text: frozen matrices are kept in 8 bits.
         parameters: trained numbers of the network; `state_bytes` of the optimizer for each.
+        vectors: trained numbers of new tokens' vectors, which stand in float32 whatever the rest is kept in.
         halves: what is trained is kept in 16 bits, too.
         rank, conv_rank: of the U-Net's adapters; 0 where it has none.
         whole_weights: bytes of the weights that the network makes anew in each forward pass, as those of other
             projects do, and keeps for the backward pass.
         outputs: its adapters keep their layers' results, as DoRA does.
-        trains_text, releases_text: text encoders train; they are let go before the first step.
+        trains_text, releases_text: text encoders train, or vectors that go through them; they are let go before the
+            first step. `adapts_text`: they have adapters.
         offloads_text: frozen text encoders are on the device only while they encode.
         offloads_previews: previews have the device for themselves but for what they need.
         cached_latents: the VAE is let go before the first step. `latents_bytes`, `text_bytes`: kept in main memory.
@@ -86,6 +93,8 @@ class Demand:
     releases_text: bool
     cached_latents: bool
     largest: int
+    vectors: int = 0
+    adapts_text: bool = False
     halves: bool = False
     whole_weights: int = 0
     outputs: bool = False
@@ -130,6 +139,8 @@ def demand_of(prepared: Prepared) -> Demand:
         releases_text=text.ahead and not (options.network.base_weights or _captions_vary(prepared)),
         cached_latents=caching.cache_latents,
         largest=largest,
+        adapts_text=any(prepared.rates.text_encoders),
+        vectors=sum(map(prod, vector_shapes(model, prepared.embeddings))),
         halves=flags.full_bf16 or flags.full_fp16,
         whole_weights=shape.whole_weights,
         outputs=shape.outputs,
@@ -145,6 +156,20 @@ def demand_of(prepared: Prepared) -> Demand:
         vae_batch=caching.vae_batch_size,
         processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
+
+
+def vector_state(options: Options, shapes: Sequence[Shape]) -> int | None:
+    """Bytes of what the optimizer keeps for tensors of these shapes; None where that isn't known exactly, as with other
+    projects' optimizers, factored states, and settings that may add to it."""
+    name = chosen_optimizer(options)
+    if name not in STATE_BYTES or STATE_BYTES[name] % 1:
+        return None
+    sizes = [prod(shape) for shape in shapes]
+    given, _ = pairs(options.optimizer.optimizer_args or (), "--optimizer_args")
+    in_8_bits = name.endswith("8bit")
+    if given.keys() - _SAME_STATE or (in_8_bits and max(sizes, default=0) >= _WHOLE_STATE_BELOW):
+        return None
+    return int(sum(sizes) * STATE_BYTES[name] * (4 if in_8_bits else 1))
 
 
 def assumed_device(

@@ -150,6 +150,7 @@ def _steps(demand: Demand) -> Iterator[Part]:
         checkpointing=demand.checkpointing,
         every=demand.every,
         outputs=demand.outputs,
+        pooled=demand.trains_text and demand.model.pooled_width > 0,
     )
     work = _STEP_TENSORS * saved.widest * item
     if saved.block:
@@ -205,6 +206,7 @@ def _network(demand: Demand) -> Iterator[Part]:
     """What is trained with its gradients and optimizer state; kept in 16 bits, it is copied into 32 for a step."""
     each = (4 if demand.halves else 8) + demand.state_bytes + (8 if demand.halves else 0)
     yield "network and optimizer", int(demand.parameters * each)
+    yield "vectors and optimizer", int(demand.vectors * (8 + demand.state_bytes))
 
 
 def _caches(demand: Demand) -> Iterator[Part]:
@@ -236,7 +238,11 @@ def _text_activations(demand: Demand) -> int:
     total = 0
     for config in demand.model.text_encoder_configs:
         saved = tables.text_encoder_saved(
-            config, rows=rows, tokens=WORDS + 2, checkpointing=demand.checkpointing != "none"
+            config,
+            rows=rows,
+            tokens=WORDS + 2,
+            checkpointing=demand.checkpointing != "none",
+            adapted=demand.adapts_text,
         )
         total += saved.size(demand.item)
     return total

@@ -37,6 +37,7 @@ class BuiltOptimizer:
         info: its record.
         names: of its parameter groups, in order.
         finds_its_rate: its groups have no learning rates, because it finds them itself (Adafactor's relative step).
+        settle: called when other weights are shown than those that train, for rules that these are held to.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class BuiltOptimizer:
     ) -> None:
         self.optimizer, self.label, self.info = optimizer, label, info
         self.names, self.finds_its_rate = tuple(names), finds_its_rate
+        self.settle: Callable[[], None] | None = None
         self._shows_other_weights = False
         if info.schedule_free:
             optimizer.train()
@@ -57,6 +59,18 @@ class BuiltOptimizer:
     def parameters(self) -> list[torch.Tensor]:
         """Every parameter of every group, in order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def freeze(self, parameters: Sequence[torch.Tensor]) -> None:
+        """These are trained no more: from now on they are what this optimizer shows of them, in training, too."""
+        if not self.info.schedule_free:
+            return
+        with self.evaluating():
+            shown = [parameter.detach().clone() for parameter in parameters]
+        for parameter, values in zip(parameters, shown, strict=True):
+            parameter.copy_(values)
+            if "z" in (state := self.optimizer.state.get(parameter, {})):
+                state["z"].copy_(values)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -72,6 +86,8 @@ class BuiltOptimizer:
         self.optimizer.eval()
         self._shows_other_weights = True
         try:
+            if self.settle is not None:
+                self.settle()
             yield
         finally:
             self.optimizer.train()

@@ -106,7 +106,7 @@ def _changes(demand: Demand) -> Iterator[tuple[str, Demand]]:
         yield what, replace(demand, batch=half)
     if not demand.cached_latents:
         yield "--cache_latents", replace(demand, cached_latents=True)
-    if demand.trains_text and demand.rank:
+    if demand.trains_text and demand.rank and not demand.vectors:
         frozen = replace(demand, trains_text=False, releases_text=True)
         yield "--network_train_unet_only --cache_text_encoder_outputs", frozen
     elif not demand.releases_text and not demand.trains_text:

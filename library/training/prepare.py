@@ -5,42 +5,39 @@ and shown together; a dry run prints what this finds.
 """
 
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from library.data.faces import face_of
 from library.data.plan import Plan
 from library.data.sources.scan import Scan
-from library.errors import Problem, UserError
+from library.data.token_use import TokenUse, token_use
+from library.data.token_use import notices as token_notices
+from library.data.token_use import problems as token_problems
+from library.errors import UserError
 from library.models import samplers
 from library.models.evidence import SAYING, UNKNOWN
 from library.models.info import ModelInfo
-from library.models.pickles import SUFFIXES, read_weights
+from library.models.weighted import fragments
 from library.options import Options
 from library.options.loss_checks import objective_notices, objective_problems
-from library.options.modules import read_settings
-from library.options.specs import PRESERVE, DatasetSpec
+from library.options.specs import DatasetSpec
+from library.tokenizer import WORDS
+from library.tokenizer.vocabulary import Vocabulary
+from library.training import prepare_checks as checks
+from library.training.embedding_plan import EmbeddingPlan, plan_embeddings, start_notices
+from library.training.embedding_words import start_lines
 from library.training.expected import untrained
 from library.training.learning_rates import LearningRates, learning_rates
+from library.training.network_words import network_word_notices
 from library.training.prepare_data import Collector, Data, find_data, inspect_model, process_count
-from library.training.prompts import Prompt, read_prompts
+from library.training.prompts import Prompt, prompt_notices, read_prompts, typed_prompts
 from library.training.run_settings import MAY_CHANGE, PREDICTION, run_settings
 from library.training.schedules import schedule_settings
-from library.training.start_weights import check_base_weights, check_lora
 from library.training.state import RunState, changes, check_same_run, find_latest, read_state, schedule_total
 from library.training.steps import Clock, PreviewPlan, SavePlan, ValidationPlan, epochs_between_saves, make_clock
 from library.training.uploads import fetch_state
 from library.training.watch import Watch
-from networks.blocks import block_notices, block_problems
-from networks.lora_args import parse as parse_lora
-from networks.oft_targets import oft_targets
-from networks.oft_targets import problems as oft_problems
-from networks.planned import all_targets
-
-_LORA_FILES = ("networks.lora", "networks.lora_fa", "networks.dylora")
-"""Modules whose files are plain LoRA files."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class Resume:
 class Prepared:
     """A run that can start: what it reads, in which order, and what it does when.
 
+    `embeddings` is None where captions have no new tokens;
     `first_update` is how many updates count as done where no state says it (`--initial_step`);
     `schedule_total` is the number of steps that the learning-rate curve spans; `settings` is what a resumed run must
     share with the one that it goes on from.
@@ -62,6 +60,7 @@ class Prepared:
 
     options: Options
     model: ModelInfo
+    embeddings: EmbeddingPlan | None
     data: Data
     clock: Clock
     saves: SavePlan
@@ -76,6 +75,11 @@ class Prepared:
     may_change: dict[str, str]
     rates: LearningRates
     notices: tuple[str, ...]
+
+    @property
+    def trains_network(self) -> bool:
+        """Whether there is a network, with or without embeddings."""
+        return self.options.network.network_module is not None
 
     @property
     def specs(self) -> tuple[DatasetSpec, ...]:
@@ -100,35 +104,25 @@ def prepare(options: Options) -> Prepared:
         UserError: all problems that were found.
     """
     collect = Collector()
-    output = options.output
     notices: list[str] = list(options.notices)
     model = collect.attempt(lambda: inspect_model(options))
+    embeddings = None
     if model:
-        collect.problems += _text_problems(options, model)
-        module, given = str(options.network.network_module), options.network_arguments()
-        blocks = list(block_problems(given, model.family, module, options.where("network_args")))
-        collect.problems += blocks
-        notices += block_notices(given, model.family, module, options.where("network_args"))
-        if module == "networks.oft":
-            collect.problems += _oft_problems(options, model)
+        collect.problems += checks.text_problems(options, model)
+        checks.check_network(options, model, collect, notices)
         collect.attempt(partial(model.check_clip_skip, options.model.clip_skip, options.where("clip_skip")))
+        collect.problems += objective_problems(options, model.prediction_type)
+        embeddings = collect.attempt(partial(plan_embeddings, options, model))
     data = find_data(options, collect, model.vae_factor if model else 8, notices)
-    prompts: tuple[Prompt, ...] = ()
-    sampling = options.sampling
-    drawn = sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first
-    if sampling.sample_prompts and drawn:
-        path = Path(sampling.sample_prompts)
-        prompts = collect.attempt(lambda: read_prompts(path)) or ()
-        collect.attempt(lambda: samplers.check(sampling.sample_sampler))
-    weights = options.network.network_weights
-    if weights is not None and weights.is_file() and (base := model) and not blocks:
-        collect.attempt(lambda: _check_weights(options, weights, base))
-    if model:
-        collect.problems += [*objective_problems(options, model.prediction_type), *check_base_weights(options, model)]
+    prompts = _prompts(options, collect)
     if data:
-        collect.problems += _strength_problems(options, data.plan)
-        collect.problems += _watching_problems(options, data)
+        collect.problems += checks.strength_problems(options, data.plan)
+        collect.problems += checks.watching_problems(options, data)
     resume = collect.attempt(lambda: _find_resume(options, notices))
+    seed = _seed(options.training.seed, resume)
+    use = None
+    if model and data and embeddings and options.dataset.dataset_class is None:
+        use = _check_captions(options, model, data.plan, embeddings, seed, collect, notices)
     if model and resume and model.prediction_type is None:
         model = as_probed(model, resume.state)
     if model and not collect.problems:
@@ -137,11 +131,14 @@ def prepare(options: Options) -> Prepared:
     if collect.problems or not (model and data):
         raise UserError(collect.problems, notices)
     plan = data.plan
-    notices += [*_without_effect(options, model), *_unused_data_flags(options, data)]
-    masks = _has_masks(options, data)
+    notices += [*checks.without_effect(options, model), *checks.unused_data_flags(options, data)]
+    masks = checks.has_masks(options, data)
     notices += objective_notices(options, zero_terminal_snr=model.zero_terminal_snr, masks=masks)
+    notices += network_word_notices(options, resumed=resume is not None)
     if not options.config.dry_run:
         notices.append(model.line)
+        if embeddings:
+            notices += start_lines(options, embeddings, use, resumed=resume is not None)
     training = options.training
     clock = make_clock(
         plan.batches_per_epoch,
@@ -149,26 +146,20 @@ def prepare(options: Options) -> Prepared:
         training.max_train_steps,
         training.max_train_epochs,
     )
-    saves = SavePlan(
-        output.output_name,
-        epochs_between_saves(output.save_every_n_epochs, output.save_n_epoch_ratio, clock.epochs),
-        output.save_every_n_steps,
-        output.save_last_n_epochs,
-        output.save_last_n_steps,
-        output.save_last_n_epochs_state,
-        output.save_last_n_steps_state,
-        output.save_state,
-        output.save_state_on_train_end,
-    )
+    sampling = options.sampling
     previews = PreviewPlan(sampling.sample_every_n_steps, sampling.sample_every_n_epochs, sampling.sample_at_first)
     validations = ValidationPlan(
         options.dataset.validate_every_n_steps, options.dataset.validate_every_n_epochs, data.held_out is not None
     )
-    seed, span = _seed(training.seed, resume), clock.total_updates
+    span, first = clock.total_updates, _first_update(options, clock)
+    if embeddings:
+        notices += prompt_notices(prompts, Vocabulary(tuple(one.token for one in embeddings.trained)))
+        name = "initial_epoch" if training.initial_step is None else "initial_step"
+        notices += [] if resume else start_notices(embeddings, first, span, options.where(name))
     if training.seed is None:
         notices.append(f"--seed {seed}" + ("" if resume else " was drawn for this run"))
     rates = learning_rates(options, len(model.text_encoder_configs))
-    settings = run_settings(options, plan, model, clock, seed, rates)
+    settings = run_settings(options, plan, model, clock, seed, rates, embeddings)
     may_change = {name: str(options.value(name)) for name in MAY_CHANGE}
     if resume:
         check_same_run(resume.state, settings)
@@ -179,21 +170,76 @@ def prepare(options: Options) -> Prepared:
     return Prepared(
         options=options,
         model=model,
+        embeddings=embeddings,
         data=data,
         clock=clock,
-        saves=saves,
+        saves=_save_plan(options, clock),
         previews=previews,
         validations=validations,
         prompts=prompts,
         resume=resume,
         seed=seed,
-        first_update=_first_update(options, clock),
+        first_update=first,
         schedule_total=span,
         settings=settings,
         may_change=may_change,
         rates=rates,
         notices=tuple(notices),
     )
+
+
+def _prompts(options: Options, collect: Collector) -> tuple[Prompt, ...]:
+    """The prompts that will be drawn, those of the file first."""
+    flags = options.sampling
+    if not (flags.sample_every_n_steps or flags.sample_every_n_epochs or flags.sample_at_first):
+        return ()
+    prompts: tuple[Prompt, ...] = ()
+    if flags.sample_prompts:
+        prompts += collect.attempt(partial(read_prompts, flags.sample_prompts)) or ()
+    typed = flags.preview_prompts or ()
+    prompts += collect.attempt(partial(typed_prompts, typed, options.where("preview_prompts"))) or ()
+    collect.attempt(lambda: samplers.check(flags.sample_sampler))
+    return prompts
+
+
+def _save_plan(options: Options, clock: Clock) -> SavePlan:
+    """What is saved when."""
+    output = options.output
+    return SavePlan(
+        output.output_name,
+        epochs_between_saves(output.save_every_n_epochs, output.save_n_epoch_ratio, clock.epochs),
+        output.save_every_n_steps,
+        output.save_last_n_epochs,
+        output.save_last_n_steps,
+        output.save_last_n_epochs_state,
+        output.save_last_n_steps_state,
+        output.save_state,
+        output.save_state_on_train_end,
+    )
+
+
+def _check_captions(
+    options: Options,
+    model: ModelInfo,
+    plan: Plan,
+    embeddings: EmbeddingPlan,
+    seed: int,
+    collect: Collector,
+    notices: list[str],
+) -> TokenUse:
+    """New tokens that no caption holds learn nothing."""
+    use = token_use(
+        plan,
+        embeddings.vocabulary,
+        seed,
+        limit=options.model.max_token_length or WORDS,
+        fragments=fragments if options.dataset.weighted_captions else None,
+        pad_id=min(encoder.pad_id for encoder in model.family.text_encoders),
+    )
+    trained = [one.token for one in embeddings.trained]
+    collect.problems += token_problems(use, trained, options.where("token_string"))
+    notices += token_notices(use, trained)
+    return use
 
 
 def _check_patience(options: Options, resume: Resume) -> None:
@@ -236,114 +282,6 @@ def as_probed(model: ModelInfo, state: RunState) -> ModelInfo:
             scheduler = model.scheduler_config | {"prediction_type": kind}
             return replace(model, prediction_type=kind, scheduler_config=scheduler, findings=findings)
     return model
-
-
-def _text_problems(options: Options, model: ModelInfo) -> list[Problem]:
-    """What the model's text encoders don't have."""
-    problems = []
-    configs, rates = model.text_encoder_configs, options.optimizer.text_encoder_lr or ()
-    if len(rates) > len(configs):
-        wrong = f"{len(rates)} learning rates, but {model.family.title} models have one text encoder"
-        problems.append(Problem(options.where("text_encoder_lr"), wrong, "give one"))
-    return problems
-
-
-def _oft_problems(options: Options, model: ModelInfo) -> Iterator[Problem]:
-    """Widths of the model that can't be cut into as many blocks."""
-    given = options.network_arguments()
-    settings = read_settings("networks.oft", given, lambda name: f"--network_args {name}")
-    if settings.problems:
-        return
-    every, conv = (bool(settings.values.get(name)) for name in ("enable_all_linear", "enable_conv"))
-    chosen = oft_targets(all_targets(model), every_linear=every, conv=conv)
-    yield from oft_problems(chosen, parse_lora(options.network.network_dim, None, {}, module="networks.oft").dim)
-
-
-def _check_weights(options: Options, weights: Path, model: ModelInfo) -> None:
-    """`--network_weights`, as far as its header tells whether it fits."""
-    network, where = options.network, options.where("network_weights")
-    if network.network_module not in _LORA_FILES:
-        if weights.suffix.lower() in (".safetensors", *SUFFIXES):
-            read_weights(weights, f"{where} {weights}")
-        return
-    module, given = str(network.network_module), options.network_arguments()
-    if network.dim_from_weights:
-        parse_lora(None, None, given, module=module, from_file=True)
-    shape = parse_lora(network.network_dim, network.network_alpha, given, module=module)
-    trained = learning_rates(options, len(model.text_encoder_configs)).trained
-    check_lora(weights, where, model, None if network.dim_from_weights else shape, trained)
-
-
-def _without_effect(options: Options, model: ModelInfo) -> Iterator[str]:
-    """Lines about flags that do nothing for this family."""
-    if model.zero_terminal_snr and model.prediction_type == "epsilon":
-        yield (
-            "zero terminal SNR with a model that predicts noise: its last timestep teaches nothing, and previews are "
-            "drawn on the plain schedule; --v_parameterization is for models that predict velocity"
-        )
-    if options.model.variant and model.layout == "single_file":
-        yield "--variant: has no effect, the base model is a single file"
-    skip = options.model.clip_skip
-    if skip is not None and skip not in model.family.usual_clip_skips:
-        usual = " or ".join(str(one) for one in model.family.usual_clip_skips)
-        yield f"--clip_skip {skip}: {model.family.title} models are made for {usual}, and other programs take that"
-    if options.dataset.exact_crop_conditioning and not model.family.takes_sizes:
-        yield f"--exact_crop_conditioning: has no effect, {model.family.title} models aren't told sizes and crops"
-
-
-def needs_strength(plan: Plan) -> bool:
-    """Whether the network must be able to act at another strength than 1."""
-    specs = [dataset.spec for dataset in plan.datasets]
-    kept = any(subset.custom_attributes.get(PRESERVE) for spec in specs for subset in spec.subsets)
-    return kept or any(spec.network_multiplier != 1 for spec in specs)
-
-
-def _strength_problems(options: Options, plan: Plan) -> Iterator[Problem]:
-    """LyCORIS' DoRA has no strength between none and all."""
-    decomposed = options.network_arguments().get("dora_wd", "False").lower() not in ("false", "0", "none")
-    foreign = not str(options.network.network_module).startswith("networks.")
-    other = any(dataset.spec.network_multiplier not in (0, 1) for dataset in plan.datasets)
-    if foreign and decomposed and other:
-        wrong = "a network with dora_wd acts wholly or not at all, so that no other network_multiplier can be had"
-        yield Problem(options.where("network_args"), wrong, "leave out one of the two")
-
-
-def _has_masks(options: Options, data: Data) -> bool:
-    """Whether losses may be masked: by a picture's mask, its alpha channel, or what a class of datasets gives."""
-    alpha = any(subset.alpha_mask for spec in data.specs for subset in spec.subsets)
-    records = data.plan.records + (data.held_out.records if data.held_out else ())
-    return alpha or options.dataset.dataset_class is not None or any(record.mask for record in records)
-
-
-def _unused_data_flags(options: Options, data: Data) -> Iterator[str]:
-    """Lines about flags of the data that find nothing to work on."""
-    flags = options.dataset
-    everything = data.plan.records + (data.held_out.records if data.held_out else ())
-    if flags.masked_loss and not _has_masks(options, data):
-        yield f"{options.where('masked_loss')}: has no effect, no picture has a mask"
-    if data.held_out is None:
-        for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_seed"):
-            if options.value(name) is not None:
-                yield f"{options.where(name)}: has no effect without held-out pictures (--validation_split)"
-    faces = {(one.dataset, one.subset) for one in everything if face_of(one.key)} if _crops_faces(data) else set()
-    for number, spec in enumerate(data.specs):
-        for place, subset in enumerate(spec.subsets):
-            if subset.face_crop_aug_range and (number, place) not in faces:
-                yield f"{subset.where}: face_crop_aug_range has no effect, no name tells a face (tools/detect_faces.py)"
-    cached = options.caching.cache_latents
-    if cached and any(subset.keep_in_memory for spec in data.specs for subset in spec.subsets):
-        yield "keep_in_memory: has no effect with cached latents"
-
-
-def _watching_problems(options: Options, data: Data) -> Iterator[Problem]:
-    """An early stop needs something to look at."""
-    if options.training.early_stopping_patience is not None and data.held_out is None:
-        wrong = "needs held-out pictures, whose loss tells when to stop"
-        yield Problem(options.where("early_stopping_patience"), wrong, "add --validation_split 0.1")
-
-
-def _crops_faces(data: Data) -> bool:
-    return any(subset.face_crop_aug_range for spec in data.specs for subset in spec.subsets)
 
 
 def _seed(seed: int | None, resume: Resume | None) -> int:

@@ -1,14 +1,19 @@
-"""Prompt files of previews (`--sample_prompts`): .txt lines with `--` options, TOML or JSON. Imports no torch."""
+"""Prompts of previews: files (`--sample_prompts`) of .txt lines with `--` options, TOML or JSON, and such lines on the
+command line (`--preview_prompts`). Imports no torch.
+"""
 
 import json
 import re
 import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from library.errors import Problem, UserError, nearest
 from library.models import samplers
+from library.tokenizer import VOCABULARY_SIZE
+from library.tokenizer.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,37 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     if problems:
         raise UserError(problems)
     return tuple(prompts)
+
+
+def typed_prompts(lines: Sequence[str], where: str) -> tuple[Prompt, ...]:
+    """The previews that lines, each as in a .txt file, ask for; `where` is the flag that holds them.
+
+    Raises:
+        UserError: every line that can't be used, with the flag and the number of the prompt.
+    """
+    problems: list[Problem] = []
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        place = f"{where}, prompt {number}"
+        if line.strip():
+            prompts.append(_from_line(line.strip(), place, problems))
+        else:
+            problems.append(Problem(place, "is empty", "write what is to be drawn"))
+    if problems:
+        raise UserError(problems)
+    return tuple(prompts)
+
+
+def prompt_notices(prompts: Sequence[Prompt], vocabulary: Vocabulary) -> Iterator[str]:
+    """A line if no preview shows any of the tokens that are trained, which are those of `vocabulary`."""
+    texts = [text for one in prompts for text in (one.prompt, one.negative_prompt)]
+    if (
+        texts
+        and vocabulary.tokens
+        and not any(max(ids, default=0) >= VOCABULARY_SIZE for ids in vocabulary.encode(texts))
+    ):
+        words = " or ".join(token.text for token in vocabulary.tokens)
+        yield f"no prompt of the previews holds {words}: they won't show what the vectors learn"
 
 
 def _from_text(path: Path, text: str, problems: list[Problem]) -> list[Prompt]:

@@ -3,6 +3,7 @@
 import base64
 import mimetypes
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from library.data.captions import tag_frequency
 from library.data.plan import Dataset
 from library.options import SubsetSpec
 from library.training.prepare import Prepared
+from library.weights.embedding_metadata import EmbeddingFacts, embedding_metadata, network_metadata
 from library.weights.metadata import (
     DatasetFacts,
     FileFacts,
@@ -68,11 +70,36 @@ class RunRecord:
             network_args=options.network_arguments() or None,
             num_validation_images=prepared.data.held_out.samples_per_epoch if prepared.data.held_out else 0,
         )
-        self._texts = {name: options.value(f"metadata_{name}") for name in _TEXTS}
-        self._texts["thumbnail"] = _thumbnail(self._texts["thumbnail"])
+        self._given = {name: options.value(f"metadata_{name}") for name in _TEXTS}
+        self._given["thumbnail"] = _thumbnail(self._given["thumbnail"])
 
-    def metadata(self, updates_done: int) -> dict[str, str]:
-        """All text of a file saved after `updates_done` updates; the file's own hashes are added when it is written."""
+    def metadata(self, updates_done: int, embedding_files: Sequence[str] = ()) -> dict[str, str]:
+        """All text of a network's file saved after `updates_done` updates; the file's own hashes are added when it is
+        written.
+
+        Args:
+            embedding_files: names of the files with the vectors of the new tokens that were trained with it, where it
+                doesn't hold them itself.
+        """
+        training, progress, spec = self._texts_of(updates_done)
+        plain, plan = self._prepared.options.output.no_metadata, self._prepared.embeddings
+        tokens = [one.token.text for one in plan.trained] if plan else []
+        if not tokens:
+            return lora_metadata(training, progress, spec, no_metadata=plain)
+        given = {name: text for name, text in spec.texts.items() if text is not None}
+        spec = replace(spec, texts={"trigger_phrase": ", ".join(tokens)} | given)
+        found = lora_metadata(training, progress, spec, no_metadata=plain)
+        return found if plain else found | network_metadata(tokens, embedding_files)
+
+    def embedding_metadata(self, updates_done: int, facts: EmbeddingFacts) -> dict[str, str]:
+        """All text of an embedding's file saved after so many updates."""
+        training, progress, spec = self._texts_of(updates_done)
+        return embedding_metadata(
+            facts, training, progress, spec, no_metadata=self._prepared.options.output.no_metadata
+        )
+
+    def _texts_of(self, updates_done: int) -> tuple[dict[str, str], Progress, ModelSpec]:
+        """What a file saved after so many updates tells, whatever is in it."""
         prepared, now = self._prepared, time.time()
         options = prepared.options
         rates = options.optimizer.text_encoder_lr or ()
@@ -98,14 +125,13 @@ class RunRecord:
             min_timestep=options.loss.min_timestep,
             max_timestep=options.loss.max_timestep,
             clip_skip=options.model.clip_skip,
-            texts=self._texts,
+            texts=self._given,
         )
         hashes = self._hashes.result()
         facts = replace(self._facts, base_model=FileFacts(prepared.model.name, *hashes.base))
         if hashes.vae is not None:
             facts = replace(facts, vae=FileFacts(prepared.model.vae_name or "", *hashes.vae))
-        training = training_metadata(facts, settings)
-        return lora_metadata(training, progress, spec, no_metadata=options.output.no_metadata)
+        return training_metadata(facts, settings), progress, spec
 
 
 def _thumbnail(value: str | None) -> str | None:

@@ -14,7 +14,7 @@ from library.models.lora_targets import Shape
 from library.options.optimizer_checks import chosen_optimizer
 from library.options.optimizer_settings import parse_arguments
 from library.options.precision_checks import told_cpu
-from library.training.expected import expected_groups
+from library.training.expected import embedding_groups, expected_groups
 from library.training.optimizers import BuiltOptimizer, build_optimizer
 from library.training.prepare import Prepared
 from library.training.rate_control import ClassRates, RateControl, build_rates
@@ -37,7 +37,8 @@ def rehearse(prepared: Prepared, device: torch.device | None = None) -> None:
     Raises:
         UserError: an optimizer or a schedule that can't be made, that can't step such tensors, or that fails later.
     """
-    flags, found = prepared.options.optimizer, expected_groups(prepared.options, prepared.model, prepared.rates)
+    flags = prepared.options.optimizer
+    found = expected_groups(prepared.options, prepared.model, prepared.rates, prepared.embeddings)
     settings = schedule_settings(flags, prepared.schedule_total)
     groups = _unknown_groups(prepared) if found is None else found
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
@@ -77,10 +78,11 @@ def _told(flag: str) -> Iterator[None]:
 
 
 def _unknown_groups(prepared: Prepared) -> list[PlannedGroup]:
-    """One group for each model that is trained."""
+    """One group for each model that is trained, and that of the vectors, which is known."""
     rates = prepared.rates
     each = [*rates.text_encoders, rates.unet]
-    return [PlannedGroup(f"group{number}", rate, _UNKNOWN) for number, rate in enumerate(each) if rate]
+    network = [PlannedGroup(f"group{number}", rate, _UNKNOWN) for number, rate in enumerate(each) if rate]
+    return [*network, *embedding_groups(prepared.model, prepared.embeddings)]
 
 
 def _by_group(settings: ScheduleSettings) -> bool:

@@ -14,13 +14,17 @@ from library.data.plan import Plan
 from library.models.info import ModelInfo
 from library.options import Options
 from library.options.optimizer_checks import chosen_optimizer
+from library.training.embedding_plan import EmbeddingPlan, PlannedToken
 from library.training.learning_rates import LearningRates
 from library.training.steps import Clock
 
 PREDICTION = "prediction type"
+EMBEDDINGS = "embeddings"
+NO_EMBEDDINGS = "{}"
+"""That setting of a run without any, and of one that was started before there were any."""
 TOTAL = "total steps"
 """Isn't among the settings: `state.schedule_total` looks at it, and takes --resume_schedule for an answer."""
-CLASSIFIED = ("model", "network", "training", "optimizer", "loss", "dataset", "caching")
+CLASSIFIED = ("model", "network", "embeddings", "training", "optimizer", "loss", "dataset", "caching")
 
 _PLACES = ("train_data_dir", "reg_data_dir", "dataset_config", "in_json", "conditioning_data_dir", "dataset_class")
 _OF_DATA = (
@@ -33,6 +37,7 @@ _OF_DATA = (
     *("caption_preset", "caption_templates", "keep_original_captions", "token_warmup_min", "token_warmup_step"),
     *("color_aug", "face_crop_aug_range", "aspect_ratio_buckets", "bucket_choice", "more_resolutions"),
     *("max_crop_loss", "skip_small_images", "skip_bad_images", "alpha_mask", "validation_split", "validation_seed"),
+    *("use_object_template", "use_style_template"),
 )
 
 MUST_BE_EQUAL: Mapping[str, str] = {
@@ -51,13 +56,14 @@ MUST_BE_EQUAL: Mapping[str, str] = {
     **dict.fromkeys(("network_module", "network_dim", "network_alpha", "network_dropout", "network_args"), "network"),
     **dict.fromkeys(("dim_from_weights", "network_train_unet_only", "network_train_text_encoder_only"), "network"),
     **dict.fromkeys(("base_weights", "base_weights_multiplier"), "base weights"),
+    **dict.fromkeys(("token_string", "num_vectors_per_token", "base_embeddings", "embedding_norm"), EMBEDDINGS),
     **dict.fromkeys(("optimizer_type", "optimizer_args", "use_8bit_adam", "use_lion_optimizer"), "optimizer"),
     "lr_scheduler_type": "lr_scheduler_type",
 }
 """Flags by the setting in which they stand."""
 
 MAY_CHANGE = (
-    *("learning_rate", "unet_lr", "text_encoder_lr", "max_grad_norm"),
+    *("learning_rate", "unet_lr", "text_encoder_lr", "embedding_lr", "max_grad_norm"),
     *("lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power"),
     *("lr_scheduler_timescale", "lr_scheduler_min_lr_ratio", "lr_scheduler_args"),
     *("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_iterations"),
@@ -67,7 +73,7 @@ MAY_CHANGE = (
     *("masked_loss_normalize", "scale_weight_norms", "stop_text_encoder_training"),
     *("clip_skip", "max_token_length", "weighted_captions", "exact_crop_conditioning"),
     *("no_half_vae", "xformers", "mem_eff_attn", "torch_compile", "dynamo_backend", "deterministic"),
-    *("max_validation_steps", "early_stopping_patience"),
+    *("max_validation_steps", "early_stopping_patience", "ti_train_steps_ratio"),
 )
 """Flags that a resumed run may have otherwise, which is then said in a line."""
 
@@ -78,14 +84,21 @@ IRRELEVANT = (
     *("list_optimizers", "max_data_loader_n_workers", "verify_images", "keep_in_memory", "debug_dataset"),
     *("validate_every_n_steps", "validate_every_n_epochs", "cache_latents", "cache_latents_to_disk"),
     *("vae_batch_size", "trust_foreign_caches", "skip_cache_check", "cache_text_encoder_outputs"),
-    *("cache_text_encoder_outputs_to_disk", "text_memo_mb"),
+    *("cache_text_encoder_outputs_to_disk", "text_memo_mb", "scale_lr", "no_scale_lr"),
+    *("init_word", "initial_phrase", "weights", "save_embedding_as"),
 )
 """Flags of the same result. Of `network_weights` the state holds what became of them; with `dim_from_weights` their
-shape counts."""
+shape counts. The same goes for what vectors start from. What `scale_lr` makes of learning rates shows in them."""
 
 
 def run_settings(
-    options: Options, plan: Plan, model: ModelInfo, clock: Clock, seed: int, rates: LearningRates
+    options: Options,
+    plan: Plan,
+    model: ModelInfo,
+    clock: Clock,
+    seed: int,
+    rates: LearningRates,
+    embeddings: EmbeddingPlan | None,
 ) -> dict[str, str]:
     """What a resumed run must share with the one that it goes on from."""
     return {
@@ -98,6 +111,7 @@ def run_settings(
         "batch size over all processes": "+".join(str(plan.global_batch_size(n)) for n in range(len(plan.datasets))),
         "gradient_accumulation_steps": str(clock.accumulation),
         "network": json.dumps(_network(options, rates)),
+        EMBEDDINGS: json.dumps(_embeddings(embeddings)),
         "optimizer": " ".join([chosen_optimizer(options), *sorted(options.optimizer.optimizer_args or ())]),
         "lr_scheduler_type": _stateful_schedule(options),
         "precision": _precision(options),
@@ -108,8 +122,10 @@ def run_settings(
 
 
 def _network(options: Options, rates: LearningRates) -> dict[str, object]:
-    """The shape of the network, and which parts it has."""
+    """The shape of the network, and which parts it has; nothing without one."""
     network = options.network
+    if network.network_module is None:
+        return {"module": None}
     weights = network.network_weights if network.dim_from_weights else None
     return {
         "module": network.network_module,
@@ -121,6 +137,24 @@ def _network(options: Options, rates: LearningRates) -> dict[str, object]:
         "parts": rates.trained,
         "text encoders": [rate != 0 for rate in rates.text_encoders],
     }
+
+
+def _embeddings(plan: EmbeddingPlan | None) -> dict[str, object]:
+    """The new tokens with their numbers of vectors, the files of frozen ones, and the norm rule of trained ones."""
+    if plan is None:
+        return {}
+    found: dict[str, object] = {
+        f"base_embeddings {one.token.text}": files_fingerprint([one.file] if one.file else []) for one in plan.base
+    }
+    if plan.trains:
+        found["token_string"] = [_counted(one) for one in plan.trained]
+        found["embedding_norm"] = plan.norm
+    return found
+
+
+def _counted(one: PlannedToken) -> str:
+    vectors = one.token.vectors
+    return f"{one.token.text} ({vectors} vector{'s' if vectors > 1 else ''})"
 
 
 def _base_weights(options: Options) -> str:
@@ -143,7 +177,9 @@ def _stateful_schedule(options: Options) -> str:
     flags = options.optimizer
     if not flags.lr_scheduler_type:
         return "none"
-    rates = [flags.learning_rate, flags.unet_lr, flags.text_encoder_lr]
+    rates: list[object] = [flags.learning_rate, flags.unet_lr, flags.text_encoder_lr]
+    if options.embeddings.embedding_lr is not None:
+        rates.append(options.embeddings.embedding_lr)
     return " ".join([flags.lr_scheduler_type, *(flags.lr_scheduler_args or ()), f"learning rates {rates}"])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from library.errors import Problem
+from library.training.run_settings import EMBEDDINGS, NO_EMBEDDINGS
 
 _IN_WORDS = {
     "data": "names, sizes, repeats or captions of pictures, buckets, or settings of the dataset are not those that the "
@@ -24,8 +25,8 @@ _ADVICE = {
     "base model": "resume on the same base model",
 }
 _BATCH = "batch size over all processes"
-_FILES = ("dim_from_weights",)
-"""Parts of a setting that are hashes of files."""
+_FILES = ("dim_from_weights", "base_embeddings")
+"""Parts of a setting that are hashes of files, by the first word of their names."""
 _MANY = ("parts", "text encoders")
 
 
@@ -34,6 +35,7 @@ def differences(started: Mapping[str, str], now: Mapping[str, str]) -> Iterator[
 
     The hash of the data covers the size of batches: where that differs, nothing can be said of the data.
     """
+    started = {EMBEDDINGS: NO_EMBEDDINGS, **started}
     differing = [name for name, value in now.items() if started.get(name) != value]
     if _BATCH in differing and "data" in differing:
         differing.remove("data")
@@ -53,9 +55,10 @@ def _changed(started: str | None, now: str) -> str:
 
 def _told(name: str, before: Any, after: Any) -> str:
     """One part of a setting that differs."""
-    if name in _FILES and before and after:
+    is_file = name.partition(" ")[0] in _FILES
+    if is_file and before and after:
         return f"the file of --{name} is another one"
-    if name in _FILES:
+    if is_file:
         return f"--{name} was {'given' if before else 'not given'}, now it is{'' if after else ' not'}"
     return f"{name} {'were' if name in _MANY else 'was'} {_written(before)}, now {_written(after)}"
 

@@ -20,6 +20,8 @@ from library.training.assemble import Surroundings, assemble
 from library.training.attach import attach_network
 from library.training.caching import cache_latents
 from library.training.distributed import LostProcessError, Processes, join_processes
+from library.training.embedding_words import end_lines
+from library.training.embeddings import EmbeddingTrainable
 from library.training.interrupt import Interrupt
 from library.training.launcher import missing_processes, under_launcher
 from library.training.loading import load_model
@@ -27,12 +29,15 @@ from library.training.loop import Loop, NonFiniteLossError
 from library.training.memory_plan import Prediction, on_device
 from library.training.out_of_memory import NotEnoughMemoryError, explained, shortage
 from library.training.phases import Phases
+from library.training.pivotal import attach_embeddings
 from library.training.precision import compile_model, settle_model
 from library.training.prepare import Prepared
 from library.training.rehearsal import rehearse
 from library.training.saving import Saver
 from library.training.text import text_source
+from library.training.text_use import text_use
 from library.training.tracking import Tracker, build_tracker
+from library.training.trainable import NetworkTrainable, Trainable
 from library.training.uploads import Uploader
 from library.weights.check import BadWeightsError
 from library.weights.model_hash import BackgroundHashes
@@ -82,21 +87,21 @@ def _train(prepared: Prepared, argv: Sequence[str], around: Surroundings, predic
         if uploader:
             ending.callback(uploader.finish)
         loop, saver = _set_up(prepared, around, ending)
-        return _run(loop, saver, argv, around, prediction)
+        return _run(prepared, loop, saver, argv, around, prediction)
 
 
 def _outside(prepared: Prepared, processes: Processes) -> tuple[Tracker, Uploader | None]:
     """Trackers and uploads, which the main process has; all of them stop where it can't start them."""
     options = prepared.options
-    uploader = Uploader.of(options.hub) if processes.is_main else None
+    output = Path(str(options.output.output_dir))
+    uploader = Uploader.of(options.hub, output) if processes.is_main else None
     step = prepared.resume.state.updates_done if prepared.resume else None
     made: list[Tracker] = []
 
     def start() -> None:
         if uploader:
             uploader.check()
-        folder = Path(str(options.output.output_dir))
-        made.append(build_tracker(options, folder, processes.is_main, step))
+        made.append(build_tracker(options, output, processes.is_main, step))
 
     _together(processes, start)
     return made[0], uploader
@@ -123,7 +128,7 @@ def _set_up(prepared: Prepared, around: Surroundings, ending: ExitStack) -> tupl
     with phases.phase("start"):
         rehearse(prepared, processes.device)
     with phases.phase("model", f"loading {prepared.model.path}"):
-        trains_text = any(prepared.rates.text_encoders)
+        trains_text = text_use(prepared).trains
         model = load_model(options, prepared.model, processes, trains_text_encoders=trains_text)
         if problems := [*objective_problems(options, model.prediction_type)]:
             raise UserError(problems)
@@ -132,17 +137,26 @@ def _set_up(prepared: Prepared, around: Surroundings, ending: ExitStack) -> tupl
     with phases.phase("latents"):
         latents = _cache_latents(prepared, model, processes)
     with phases.phase("network"):
-        trainable = attach_network(prepared, model, processes.device)
+        trainable = _attach(prepared, model, processes)
     with phases.phase("text"):
         encode, released = text_source(prepared, model, processes)
         if released and not options.network.base_weights:
-            trainable.release_text_encoder()
+            if isinstance(trainable, NetworkTrainable):
+                trainable.release_text_encoder()
             model.release_text_encoders()
     with phases.phase("network"):
         if times := compile_model(options, model):
             ending.callback(times.close)
             around = replace(around, compiling=times)
         return assemble(prepared, model, encode, trainable, latents, around)
+
+
+def _attach(prepared: Prepared, model: Model, processes: Processes) -> Trainable:
+    """What is trained, on the model: a network, embeddings, or both."""
+    network = attach_network(prepared, model, processes.device) if prepared.trains_network else None
+    if prepared.embeddings is None and network is not None:
+        return network
+    return attach_embeddings(prepared, model, processes.device, network)
 
 
 def _merge_base_weights(prepared: Prepared, model: Model) -> None:
@@ -163,7 +177,9 @@ def _cache_latents(prepared: Prepared, model: Model, processes: Processes) -> La
     return store
 
 
-def _run(loop: Loop, saver: Saver, argv: Sequence[str], around: Surroundings, prediction: Prediction) -> int:
+def _run(
+    prepared: Prepared, loop: Loop, saver: Saver, argv: Sequence[str], around: Surroundings, prediction: Prediction
+) -> int:
     """The loop, and what is said when it ends."""
     first = loop.updates_done
     try:
@@ -185,6 +201,8 @@ def _run(loop: Loop, saver: Saver, argv: Sequence[str], around: Surroundings, pr
         loop.loader.close()
     if around.processes.is_main:
         _tell_end(loop, saver, argv, first, around.phases, prediction)
+        if not loop.stopped or loop.stopped_early:
+            _tell_words(prepared, loop, saver)
     return exit_code
 
 
@@ -221,9 +239,20 @@ def _tell_end(
 
 def _tell_curves(loop: Loop, saver: Saver) -> None:
     """Where the losses went flat or rose, and which files to try first."""
-    names = [(step, f"{stem}{saver.extension}") for step, stem in loop.events.saved]
-    for line in loop.events.watch.advice([one for one in names if (saver.output_dir / one[1]).exists()]):
+    files = [(step, saver.main_file(stem)) for step, stem in loop.events.saved]
+    there = [(step, file.name) for step, file in files if file.exists()]
+    only_vectors = isinstance(loop.events.trainable, EmbeddingTrainable)
+    for line in loop.events.watch.advice(there, only_vectors=only_vectors):
         say(line)
+
+
+def _tell_words(prepared: Prepared, loop: Loop, saver: Saver) -> None:
+    """How to use the embeddings of the last save that is there."""
+    stems = [stem for _, stem in loop.events.saved if saver.main_file(stem).exists()]
+    if prepared.embeddings and stems:
+        encoders = len(prepared.model.text_widths)
+        for line in end_lines(prepared.options, prepared.embeddings, encoders, stems[-1]):
+            say(line)
 
 
 def resume_command(argv: Sequence[str], state: Path | None) -> str:

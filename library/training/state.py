@@ -27,7 +27,7 @@ SUFFIX = "-state"
 _REPLACED = ".replaced"
 _DELETED = ".deleted"
 
-_START_ANEW = "or start from its weights with --network_weights and --initial_step"
+_START_ANEW = "or start from its weights with --network_weights (embeddings: --weights) and --initial_step"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class RunState:
     """Where a run stands after `updates_done` updates, and its settings.
 
     A resume must share `settings`; `may_change` holds those that it may change, with a line that says so. `watch` is
-    what JSON can hold of the advisor's state (training.watch); `world_size` is the number of processes.
+    what JSON can hold of the advisor's state (training.watch); `world_size` is the number of processes; `frozen` has
+    the parts that are trained no more, by name, with the update after which they weren't.
     """
 
     updates_done: int
@@ -49,6 +50,7 @@ class RunState:
     may_change: dict[str, str]
     watch: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
+    frozen: dict[str, int] = field(default_factory=dict)
 
 
 class UnstorableStateError(Exception):
@@ -233,7 +235,7 @@ def read_state(folder: Path) -> RunState:
         raise refuse(f"has format version {version}, this program reads {FORMAT_VERSION}", advice)
     if damage := _damage(folder):
         raise refuse(f"is damaged: {damage}", "resume from another state")
-    fields = {key: manifest[key] for key in RunState.__dataclass_fields__}
+    fields = {key: manifest[key] for key in RunState.__dataclass_fields__ if key in manifest or key != "frozen"}
     return RunState(**{**fields, "losses": tuple(fields["losses"])})
 
 
@@ -252,7 +254,7 @@ def changes(state: RunState, may_change: Mapping[str, str], world_size: int | No
     lines = [
         f"--resume: {name} was {state.may_change.get(name)}, from here on it is {value}"
         for name, value in may_change.items()
-        if state.may_change.get(name) != value
+        if state.may_change.get(name, value) != value
     ]
     if world_size is not None and world_size != state.world_size:
         lines.append(

@@ -16,9 +16,8 @@ from library.console import warn
 from library.errors import UserError
 from library.options.logging_checks import logged_options, wanted_trackers
 from library.options.registry import Options
+from library.options.scripts import SCRIPTS
 from library.training.json_log import JsonLog, log_path, over_epochs
-
-_DEFAULT_NAME = "network_train"
 
 
 class Tracker(Protocol):
@@ -55,14 +54,14 @@ class TensorBoard:
         self,
         logging_dir: Path,
         prefix: str | None,
-        name: str | None,
+        name: str,
         settings: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         from accelerate.tracking import TensorBoardTracker
 
         folder = logging_dir / f"{prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
-        self._tracker = TensorBoardTracker(name or _DEFAULT_NAME, logging_dir=folder, **(settings or {}))
+        self._tracker = TensorBoardTracker(name, logging_dir=folder, **(settings or {}))
         self._tracker.start()
         if config:
             self._tracker.store_init_configuration(dict(config))
@@ -86,13 +85,13 @@ class Wandb:
 
     def __init__(
         self,
-        name: str | None = None,
+        name: str,
         settings: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         from accelerate.tracking import WandBTracker
 
-        self._tracker = WandBTracker(name or _DEFAULT_NAME, **(settings or {}))
+        self._tracker = WandBTracker(name, **(settings or {}))
         with _without_arguments():
             self._tracker.start()
         if config:
@@ -185,11 +184,16 @@ def _does_not_start(options: Options, name: str, has_table: bool, fault: Excepti
     return UserError.single(options.where(flag), f"{name} doesn't start: {type(fault).__name__}: {fault}", advice)
 
 
+def _name(options: Options) -> str:
+    """What trackers call the run, or its project."""
+    return options.logging.log_tracker_name or SCRIPTS[options.script].tracker
+
+
 def _tensorboard(
     options: Options, output_dir: Path, table: Mapping[str, Any], config: Mapping[str, Any] | None
 ) -> Tracker:
     flags = options.logging
-    return TensorBoard(flags.logging_dir or output_dir, flags.log_prefix, flags.log_tracker_name, table, config)
+    return TensorBoard(flags.logging_dir or output_dir, flags.log_prefix, _name(options), table, config)
 
 
 def _wandb(options: Options, output_dir: Path, table: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tracker:
@@ -202,7 +206,7 @@ def _wandb(options: Options, output_dir: Path, table: Mapping[str, Any], config:
     folder = flags.logging_dir or output_dir
     folder.mkdir(parents=True, exist_ok=True)
     named = {"name": flags.wandb_run_name} if flags.wandb_run_name else {}
-    return Wandb(flags.log_tracker_name, {"dir": str(folder), **named, **table}, config)
+    return Wandb(_name(options), {"dir": str(folder), **named, **table}, config)
 
 
 def _tables(options: Options) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the loop trains, seen as parameter groups, tensors and a file to write: today the adapters of a network module.
+"""What the loop trains, seen as parameter groups and tensors, and one kind of it: the adapters of a network module.
 
 The calls follow sd-scripts' protocol for `--network_module`, so third-party modules work; where a module lacks an
 optional call, nothing happens.
@@ -22,12 +22,21 @@ TEXT = "textencoder"
 
 
 class Trainable(Protocol):
-    """The loop's view of what is trained."""
+    """The loop's view of what is trained.
+
+    Attributes:
+        groups, descriptions: of the optimizer, and what the log calls them; `frozen_groups` are trained no more.
+        trains_text_encoder: what captions become depends on what is trained now, adapters or vectors.
+    """
 
     groups: list[dict[str, Any]]
     descriptions: list[str]
-    trains_text_encoder: bool
 
+    @property
+    def trains_text_encoder(self) -> bool: ...
+
+    @property
+    def frozen_groups(self) -> frozenset[str]: ...
     @property
     def multiplier(self) -> float: ...
     @property
@@ -35,14 +44,16 @@ class Trainable(Protocol):
     def parameters(self) -> list[torch.nn.Parameter]: ...
     def before_epoch(self) -> None: ...
     def before_micro_step(self, at: Coordinates) -> None: ...
+    def after_update(self) -> None: ...
+    def hold_norms(self) -> None: ...
     def train(self, mode: bool) -> None: ...
     def set_multiplier(self, multiplier: float) -> None: ...
     def freeze_text_encoders(self) -> None: ...
+    def freeze_embeddings(self) -> None: ...
     def block_norms(self, kind: Literal["gradient", "weight"]) -> dict[str, torch.Tensor]: ...
     def limit_norms(self, limit: float, device: torch.device) -> dict[str, torch.Tensor | float]: ...
     def state_dict(self) -> dict[str, torch.Tensor]: ...
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: dict[str, str]) -> None: ...
 
 
 class NetworkTrainable:
@@ -62,9 +73,10 @@ class NetworkTrainable:
             UserError: nothing is left to train.
         """
         self.network, self._unet, self._text_encoder = network, unet, text_encoder
-        self.trains_text_encoder = any(rates.text_encoders)
+        self._trains_text = any(rates.text_encoders)
+        self._frozen: frozenset[str] = frozenset()
         self._multiplier = 1.0
-        network.apply_to(text_encoder, unet, self.trains_text_encoder, rates.unet != 0)
+        network.apply_to(text_encoder, unet, self._trains_text, rates.unet != 0)
         groups = self._parameter_groups(rates, default_rate)
         self.groups, self.descriptions = groups
         if not self.parameters():
@@ -95,6 +107,16 @@ class NetworkTrainable:
     def parameters(self) -> list[torch.nn.Parameter]:
         """Every parameter of every group, in order."""
         return [parameter for group in self.groups for parameter in group["params"]]
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether adapters of text encoders are trained now."""
+        return self._trains_text
+
+    @property
+    def frozen_groups(self) -> frozenset[str]:
+        """Descriptions of the groups that are trained no more."""
+        return self._frozen
 
     @property
     def multiplier(self) -> float:
@@ -133,6 +155,12 @@ class NetworkTrainable:
         if hasattr(self.network, "on_step_start"):
             self.network.on_step_start(self._text_encoder, self._unet)
 
+    def after_update(self) -> None:
+        """A network's weights are as the optimizer left them; `limit_norms` is asked for apart."""
+
+    def hold_norms(self) -> None:
+        """There is no rule for a network's norms but that limit."""
+
     def train(self, mode: bool) -> None:
         self.network.train(mode)
 
@@ -154,13 +182,17 @@ class NetworkTrainable:
 
     def freeze_text_encoders(self) -> None:
         """From now on the text encoders' part stays as it is: it has no gradients, so that optimizers pass it over."""
-        if not self.trains_text_encoder:
+        if not self._trains_text:
             return
-        self.trains_text_encoder = False
+        self._trains_text = False
+        self._frozen = frozenset(name for name in self.descriptions if name.startswith(TEXT))
         for name, group in zip(self.descriptions, self.groups, strict=True):
-            for parameter in group["params"] if name.startswith(TEXT) else ():
+            for parameter in group["params"] if name in self._frozen else ():
                 parameter.requires_grad_(False)
                 parameter.grad = None
+
+    def freeze_embeddings(self) -> None:
+        """A network has none."""
 
     def limit_norms(self, limit: float, device: torch.device) -> dict[str, torch.Tensor | float]:
         """Shrink what modules add until no norm is above `limit`; what was done, by its names in the log."""

@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ SPOOL = ".uploading"
 
 @dataclass(frozen=True)
 class HubPlace:
-    """Where on the hub files go: `folder` of the repository `user/name`, the empty text for its top.
+    """Where on the hub files go: `folder` of the repository `user/name`, the empty text for its top. Without a user,
+    the repository is one of whoever the token belongs to.
 
     `public` is None where nothing was said; a new repository is private then. `endpoint` is None for the hub itself.
     """
@@ -54,9 +55,10 @@ class HubPlace:
             flags.huggingface_token,
         )
 
-    def name(self, path: Path) -> str:
-        """The name in the repository of a local file or folder."""
-        return f"{self.folder}/{path.name}" if self.folder else path.name
+    def name(self, path: Path, root: Path | None = None) -> str:
+        """The name in the repository of a local file or folder: as under `root`, where that is told and holds it."""
+        name = path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.name
+        return f"{self.folder}/{name}" if self.folder else name
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,14 @@ class Uploader:
     With `background`, a file that is replaced or deleted meanwhile is sent as it was when it was saved.
     """
 
-    def __init__(self, place: HubPlace, *, states: bool = False, background: bool = False) -> None:
+    def __init__(
+        self, place: HubPlace, *, states: bool = False, background: bool = False, root: Path | None = None
+    ) -> None:
         """Args:
         states: send state folders, too.
+        root: the output folder; what lies in a folder of it has that folder on the hub, too.
         """
-        self._place, self._states = place, states
+        self._place, self._states, self._root = place, states, root
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._failed: list[_Job] = []
         self._sent = 0
@@ -98,12 +103,12 @@ class Uploader:
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True) if background else None
 
     @classmethod
-    def of(cls, flags: Hub) -> "Uploader | None":
-        """What the flags ask for; None where nothing is to be sent."""
+    def of(cls, flags: Hub, root: Path | None = None) -> "Uploader | None":
+        """What the flags ask for; None where nothing is to be sent. `root` is the output folder."""
         place = HubPlace.of(flags)
         if place is None:
             return None
-        return cls(place, states=flags.save_state_to_huggingface, background=flags.async_upload)
+        return cls(place, states=flags.save_state_to_huggingface, background=flags.async_upload, root=root)
 
     @property
     def address(self) -> str:
@@ -112,7 +117,8 @@ class Uploader:
         return f"{kind}{self._place.repo}" + (f"/{self._place.folder}" if self._place.folder else "")
 
     def check(self) -> None:
-        """Make the repository if there is none, and see that files may be put there. Called before a training.
+        """Find out whose repository it is, make it if there is none, and see that files may be put there. Called before
+        a training.
 
         Raises:
             UserError: it can't be reached, or the token doesn't allow it.
@@ -120,8 +126,10 @@ class Uploader:
         from huggingface_hub.errors import RepositoryNotFoundError
 
         place, api = self._place, self._api()
-        where = {"repo_id": place.repo, "repo_type": place.kind}
         try:
+            if "/" not in place.repo:
+                place = self._place = replace(place, repo=f"{api.whoami()['name']}/{place.repo}")
+            where = {"repo_id": place.repo, "repo_type": place.kind}
             try:
                 found = api.repo_info(**where)
             except RepositoryNotFoundError:
@@ -144,7 +152,7 @@ class Uploader:
         if path.is_dir() and not self._states:
             return
         self._number += 1
-        spool = path.parent / SPOOL
+        spool = (self._root or path.parent) / SPOOL
         if self._number == 1:
             _tidy(spool)
         job = _Job(path, spool / f"{socket.gethostname()}-{os.getpid()}-{self._number}" / path.name)
@@ -193,7 +201,7 @@ class Uploader:
 
     def _upload(self, job: _Job) -> None:
         """Send one file or folder; whatever goes wrong, the local one is not touched, and it is tried again later."""
-        place, name = self._place, self._place.name(job.original)
+        place, name = self._place, self._place.name(job.original, self._root)
         more = {"repo_id": place.repo, "repo_type": place.kind, "commit_message": f"{job.original.name} by lorasmith"}
         try:
             _no_bars()
@@ -245,15 +253,17 @@ def fetch_state(spec: str, token: str | None, endpoint: str | None = None) -> Pa
 
 def _refusal(where: str, what: str, fault: Exception, right: str) -> UserError:
     """One message for whatever the hub's client raises, whose kinds differ by version and transport."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import errors
 
     status = getattr(getattr(fault, "response", None), "status_code", None)
-    if isinstance(fault, RevisionNotFoundError):
+    if isinstance(fault, errors.RevisionNotFoundError):
         return UserError.single(where, f"{what}: there is no such revision", "check what stands behind the colon")
-    if isinstance(fault, GatedRepoError | RepositoryNotFoundError) or status in (401, 403):
-        advice = f"log in with `hf auth login` or give --huggingface_token, with a token that may {right} there"
+    advice = f"log in with `hf auth login` or give --huggingface_token, with a token that may {right} there"
+    if isinstance(fault, errors.LocalTokenNotFoundError):
+        return UserError.single(where, f"{what}: without a token nobody knows whose it is", advice)
+    if isinstance(fault, errors.GatedRepoError | errors.RepositoryNotFoundError) or status in (401, 403):
         return UserError.single(where, f"{what}: it is not there, or not open to you", advice)
-    if isinstance(fault, HfHubHTTPError):
+    if isinstance(fault, errors.HfHubHTTPError):
         return UserError.single(where, f"{what}: the hub answers {status}", "try again later")
     return UserError.single(where, f"{what} ({_reason(fault)})", "check the network, and the name")
 

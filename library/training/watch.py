@@ -124,8 +124,13 @@ class Watch:
             self._broken = step
         return Verdict(best=better, stop=self.is_exhausted)
 
-    def advice(self, saves: Sequence[tuple[int, str]]) -> list[str]:
-        """What the curves say, in lines for the end of a run; `saves` are (step, name of a file that is there)."""
+    def advice(self, saves: Sequence[tuple[int, str]], *, only_vectors: bool = False) -> list[str]:
+        """What the curves say, in lines for the end of a run.
+
+        Args:
+            saves: (step, name of a file that is there).
+            only_vectors: all that was trained are vectors of new tokens.
+        """
         lines = []
         if self._broken is not None:
             lines.append(f"the loss was no number at step {self._broken}: the run diverged; {_LOWER}")
@@ -138,7 +143,7 @@ class Watch:
         lines += self._on_few()
         curve = thinned(self._stretches, _BINS)
         if len(curve) >= 2 * _FEWEST:
-            lines += _on_training(judge(curve), saves)
+            lines += _on_training(judge(curve), saves, only_vectors)
         return lines
 
     def _on_few(self) -> list[str]:
@@ -201,8 +206,9 @@ def _on_validation(shape: Shape, untrained: float | None, best: tuple[int, float
     return lines
 
 
-def _on_training(shape: Shape, saves: Sequence[tuple[int, str]]) -> list[str]:
-    """The curve of the training loss in words. It can't show that pictures are learned by heart."""
+def _on_training(shape: Shape, saves: Sequence[tuple[int, str]], only_vectors: bool) -> list[str]:
+    """The curve of the training loss in words. It can't show that pictures are learned by heart, and where few numbers
+    learn, what they gain is lost in the noise of single steps."""
     lines = []
     later = [f"{name} (step {step})" for step, name in sorted(saves) if step >= (shape.flat_from or 0)][:_NAMED]
     if shape.jumps_at is not None:
@@ -219,6 +225,11 @@ def _on_training(shape: Shape, saves: Sequence[tuple[int, str]]) -> list[str]:
             f"the training loss seems to have been flat since about step {shape.flat_from}, at {shape.end:.4f}"
             + (f"; perhaps try these first: {', '.join(later)}" if later else "")
         )
+    elif only_vectors:
+        return [
+            "the training loss of single steps says little about a few vectors: compare previews of several saves, or "
+            "hold pictures out (--validation_split)"
+        ]
     else:
         lines.append(f"the training loss shows no trend beyond its noise, at {shape.end:.4f}; look at previews")
     return [*lines, "only held-out pictures show where learning by heart begins: see --validation_split"]

@@ -48,6 +48,7 @@ def prepared(tmp_path: Path, make_picture: MakePicture, repo_root: Path) -> Call
         return Prepared(
             options=options,
             model=full_size(family, repo_root),
+            embeddings=None,
             data=Data(specs, scan, plan, None),
             clock=make_clock(plan.batches_per_epoch, 1, 8, None),
             saves=SavePlan(None, None, None, None, None, None, None, False, False),
@@ -98,7 +99,7 @@ def test_every_family_is_shown(
     for part, count in modules.items():
         assert any(row[:2] == [part, str(count)] for row in rows), said
     assert text_use(run).caption_bytes == caption_bytes
-    assert "an encoder is trained, so every caption is encoded in every step" in said
+    assert "text encoders or new tokens are trained, so every caption is encoded in every step" in said
 
 
 def test_an_encoder_with_the_rate_0_has_no_row(

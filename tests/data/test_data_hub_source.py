@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,10 @@ def test_null_captions_are_empty(tmp_path: Path, pictures: list[Path]) -> None:
     listed = list_hub(spec_of(tmp_path, source, columns=Columns(caption="other")), findings)
     assert [one.caption for one in listed] == ["x", "", ""]
     assert "2 of 3 captions are empty" in findings.notices[0]
+    about, aside = CaptionSpec(templates=("a {}",), subject="mycat"), Findings()
+    for columns in (Columns(caption="other"), Columns()):
+        list_hub(replace(spec_of(tmp_path, source, columns=columns), caption=about), aside)
+    assert not aside.notices and not aside.problems
 
 
 def test_wrong_columns(tmp_path: Path, pictures: list[Path]) -> None:

@@ -1,6 +1,7 @@
 """Folders of pictures and captions as a user lays them out, well or badly."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,29 @@ def test_txt_is_used_when_no_extension_was_named(
     found = scan([make_spec(SubsetSpec(image_dir=tmp_path))])
     assert found.records[0].caption == "from txt"
     assert any("no .caption captions; its 1 .txt files are used" in notice for notice in found.notices)
+
+
+def test_templates_in_place_of_captions_are_told_once(
+    tmp_path: Path, make_picture: MakePicture, make_spec: MakeSpec
+) -> None:
+    make_picture(tmp_path / "a.png", caption="from txt")
+    make_picture(tmp_path / "b.png")
+    about = CaptionSpec(templates=("a photo of {}",), subject="mycat")
+    around = f"{tmp_path}: captions are templates around mycat"
+    unused = f"{around}; its caption files aren't used (--keep_original_captions would)"
+    for named in (False, True):
+        subset = SubsetSpec(image_dir=tmp_path, caption=about, class_tokens="mycat", caption_extension_named=named)
+        assert scan([make_spec(subset)]).notices == ((around,) if named else (unused,))
+    kept = SubsetSpec(image_dir=tmp_path, caption=replace(about, keep_original=True), class_tokens="mycat")
+    told = " / ".join(scan([make_spec(kept)]).notices)
+    assert "its 1 .txt files are used" in told and "1 of 2 pictures have no .txt file" in told and "around" not in told
+    (tmp_path / "a.txt").write_text("")
+    assert scan([make_spec(replace(kept, caption=about))]).notices == (around,)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"image": "a.png", "text": "one"}\n{"image": "b.png", "text": ""}\n')
+    listed = replace(kept, caption=about, metadata_file=rows, source="jsonl")
+    own = f"{rows}: captions are templates around mycat; its own captions aren't used (--keep_original_captions would)"
+    assert scan([make_spec(listed)]).notices == (own,)
 
 
 def test_a_named_extension_that_nothing_has_stops_the_run(

@@ -6,6 +6,7 @@ A test says with `@observes("flag", ...)` whose effects it holds. test_every_fla
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from library.options.other_names import OTHER_NAMES
 from library.options.registry import FLAGS
 from tests.pictures import make_pictures
 
@@ -24,6 +26,8 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 OBSERVED: dict[str, str] = {}
 """Flag -> the test that holds an observed effect of it."""
+OBSERVED_NAMES: dict[str, str] = {}
+"""The same for flags of other programs that are known here."""
 
 
 def observes(*flags: str) -> Callable[[Test], Test]:
@@ -38,6 +42,23 @@ def observes(*flags: str) -> Callable[[Test], Test]:
 
     def note(test: Test) -> Test:
         OBSERVED.update(dict.fromkeys(flags, f"{test.__module__}::{test.__name__}"))
+        return test
+
+    return note
+
+
+def observes_names(*names: str) -> Callable[[Test], Test]:
+    """A test that holds an effect of these flags of other programs.
+
+    Raises:
+        ValueError: one of them is no such name, or is refused.
+    """
+    wrong = [name for name in names if name not in OTHER_NAMES or OTHER_NAMES[name].flag.kind == "refused"]
+    if wrong:
+        raise ValueError(f"no names of other programs that do something: {wrong}")
+
+    def note(test: Test) -> Test:
+        OBSERVED_NAMES.update(dict.fromkeys(names, f"{test.__module__}::{test.__name__}"))
         return test
 
     return note
@@ -117,9 +138,9 @@ class Runs:
         self._kept: dict[tuple[str, ...], Ran] = {}
         make_pictures(root / "pictures", count=4, sizes=((64, 64),))
 
-    def arguments(self, *flags: str, model: str = "sd1", without: tuple[str, ...] = ()) -> list[str]:
-        """The usual line, changed by `flags`. `without` names flags of the usual line to leave out."""
-        usual = {
+    def usual(self, model: str) -> dict[str, list[str]]:
+        """The usual line: words by flag."""
+        return {
             "pretrained_model_name_or_path": [str(self.models(model))],
             "train_data_dir": [str(self.root / "pictures")],
             "caption_extension": [".txt"],
@@ -132,6 +153,16 @@ class Runs:
             "max_train_steps": ["2"],
             "max_data_loader_n_workers": ["0"],
         }
+
+    def main(self, line: list[str]) -> int:
+        """Run the script."""
+        from train_network import main
+
+        return main(line)
+
+    def arguments(self, *flags: str, model: str = "sd1", without: tuple[str, ...] = ()) -> list[str]:
+        """The usual line, changed by `flags`. `without` names flags of the usual line to leave out."""
+        usual = self.usual(model)
         given = {flag.removeprefix("--").partition("=")[0] for flag in flags if flag.startswith("--")} | {*without}
         line = [word for name, values in usual.items() if name not in given for word in (f"--{name}", *values)]
         return [*line, *(flag.replace("@", str(self.root)) for flag in flags)]
@@ -151,7 +182,6 @@ class Runs:
         import torch
 
         from library import console
-        from train_network import main
 
         line = self.arguments(*flags, model=model, without=without)
         if "--output_dir" not in line:
@@ -163,7 +193,7 @@ class Runs:
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 try:
-                    code = main(line)
+                    code = self.main(line)
                 except SystemExit as end:
                     code = int(end.code or 0)
         finally:
@@ -172,3 +202,28 @@ class Runs:
             torch.use_deterministic_algorithms(False)
         assert code == expect, f"exit code {code}, not {expect}\n{line}\n{err.getvalue()}"
         return Ran(code, out.getvalue(), err.getvalue(), folder)
+
+
+class WordRuns(Runs):
+    """Runs of train_textual_inversion.py, of the word `blorp`, which the usual captions (in `pictures/2_blorp`) hold.
+
+    `@/flat` has the same pictures without captions, as diffusers' scripts want them.
+    """
+
+    def __init__(self, models: Callable[[str], Path], root: Path) -> None:
+        self.models, self.root = models, root
+        self._kept = {}
+        make_pictures(root / "pictures", count=4, name="blorp", sizes=((64, 64),))
+        (root / "flat").mkdir()
+        for path in sorted((root / "pictures" / "2_blorp").glob("*.[jp][pn]g")):
+            shutil.copy(path, root / "flat")
+
+    def usual(self, model: str) -> dict[str, list[str]]:
+        network = ("network_module", "network_dim")
+        kept = {name: words for name, words in super().usual(model).items() if name not in network}
+        return {**kept, "token_string": ["blorp"]}
+
+    def main(self, line: list[str]) -> int:
+        from train_textual_inversion import main
+
+        return main(line)

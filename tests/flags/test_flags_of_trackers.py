@@ -164,6 +164,20 @@ def test_files_are_sent_to_a_repository(runs: Runs, hub: StandIn) -> None:
     assert hub.private["models/me/open"] is False
 
 
+def test_files_in_folders_are_sent_into_folders(runs: Runs, hub: StandIn) -> None:
+    token = ("--token_string", "blorpy", "--caption_prefix", "blorpy ", "--save_embedding_as", "webui", "diffusers")
+    ran = runs.fresh(*UPLOAD, *token, "--network_train_unet_only")
+    names = ("x.safetensors", "x-blorpy.safetensors", "webui/x-blorpy.pt", "diffusers/x-blorpy.safetensors")
+    assert hub.files[REPO] == {name: (ran.folder / name).read_bytes() for name in names}
+    assert not list(ran.folder.rglob(".uploading"))
+
+
+def test_a_repository_of_ones_own_is_named_like_the_output_folder(runs: Runs, hub: StandIn) -> None:
+    folder = runs.root / "pushed"
+    runs.fresh("--push_to_hub", "--hub_token", "hf_mine", "--output_dir", str(folder))
+    assert hub.files == {"models/me/pushed": {"x.safetensors": (folder / "x.safetensors").read_bytes()}}
+
+
 @observes("huggingface_path_in_repo", "huggingface_repo_type", "save_state_to_huggingface", "resume_from_huggingface")
 def test_a_state_is_sent_and_resumed_from_there(runs: Runs, hub: StandIn) -> None:
     place = ("--huggingface_path_in_repo", "runs/1", "--huggingface_repo_type", "dataset")

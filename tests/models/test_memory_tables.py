@@ -97,6 +97,7 @@ def unet_keeps(
     text: bool = False,
     checkpointing: bool = False,
     dora: bool = False,
+    pooled: bool = False,
 ) -> int:
     """Bytes that a forward pass of a frozen U-Net with a LoRA keeps; with rank 0 only the texts have gradients."""
     from networks import lora
@@ -122,8 +123,9 @@ def unet_keeps(
     states = torch.randn(batch, TOKENS, width, dtype=dtype).requires_grad_(text)
     added = {}
     if config.get("addition_embed_type") == "text_time":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        told = {"text_embeds": torch.randn(batch, pooled, dtype=dtype), "time_ids": torch.zeros(batch, 6)}
+        wide = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        projected = torch.randn(batch, wide, dtype=dtype).requires_grad_(pooled)
+        told = {"text_embeds": projected, "time_ids": torch.zeros(batch, 6)}
         added = {"added_cond_kwargs": told}
     with keeping(held) as sizes:
         unet(noisy, torch.full((batch,), 500), states, **added)
@@ -137,6 +139,7 @@ CASES: dict[str, dict[str, Any]] = {
     "magnitudes": {"dora": True},
     "magnitudes of convolutions": {"dora": True, "conv": 4},
     "texts only": {"rank": 0, "text": True},
+    "texts and what is pooled of them": {"rank": 0, "text": True, "pooled": True},
     "recomputed": {"checkpointing": True},
 }
 
@@ -164,6 +167,7 @@ def told(config: Any, side: int, **wanted: Any) -> tables.Saved:
         conv_rank=wanted.get("conv", 0),
         checkpointing="all" if wanted.get("checkpointing") else "none",
         outputs=wanted.get("dora", False),
+        pooled=wanted.get("pooled", False) and config.get("addition_embed_type") == "text_time",
     )
 
 
@@ -189,7 +193,8 @@ def fake_cpu() -> Iterator[None]:
 def test_what_a_full_size_unet_keeps(family: FamilyName, side: int, case: str) -> None:
     """Rank 4 in float32 at 256 and 512 px: to 1 % where the U-Net is trained, to 8 % of the little that checkpointing
     leaves, to 3 % with texts alone (no gradient before the first block that looks at them), to 4 % with DoRA."""
-    tolerance = {"recomputed": 0.08, "texts only": 0.03, "magnitudes": 0.04, "magnitudes of convolutions": 0.04}
+    tolerance = {"recomputed": 0.08, "magnitudes": 0.04, "magnitudes of convolutions": 0.04}
+    tolerance |= dict.fromkeys(("texts only", "texts and what is pooled of them"), 0.03)
     config, wanted = packaged(family, "unet"), CASES[case]
     with fake_cpu():
         kept = unet_keeps(new_unet(config), config, side, **wanted)
@@ -212,6 +217,25 @@ def test_what_text_encoders_keep(family: str, tiny_models: Finder) -> None:
         with keeping([*encoder.parameters(), *network.parameters()]) as sizes:
             encoder(tokens)
         saved = tables.text_encoder_saved(config, rows=2, tokens=TOKENS)
+        assert saved.size(4) == pytest.approx(sum(sizes), rel=0.05)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_what_text_encoders_without_adapters_keep(family: str, tiny_models: Finder) -> None:
+    from tests.networks.tiny_families import load_text_encoder
+
+    folder = tiny_models(family)
+    loaded = load_text_encoder(folder)
+    encoders = loaded if isinstance(loaded, list) else [loaded]
+    tokens = torch.arange(2 * TOKENS).view(2, TOKENS)
+    for encoder, config in zip(encoders, inspect(str(folder)).text_encoder_configs, strict=True):
+        encoder.requires_grad_(False)
+        table = encoder.get_input_embeddings()
+        handle = table.register_forward_hook(lambda module, ids, rows: rows.requires_grad_())
+        with keeping(list(encoder.parameters())) as sizes:
+            encoder(tokens)
+        handle.remove()
+        saved = tables.text_encoder_saved(config, rows=2, tokens=TOKENS, adapted=False)
         assert saved.size(4) == pytest.approx(sum(sizes), rel=0.05)
 
 

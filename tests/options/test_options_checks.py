@@ -9,6 +9,7 @@ import pytest
 from library.errors import UserError
 from library.options import parse
 from library.options.modules import LYCORIS_ALGOS, check_network_args, find_module
+from library.options.scripts import TRAIN_TEXTUAL_INVERSION
 
 
 @pytest.fixture
@@ -169,6 +170,18 @@ def test_an_output_dir_without_permission(base: list[str], tmp_path: Path) -> No
     (tmp_path / "closed").mkdir(mode=0o500)
     (problem,) = _problems([*base, "--output_dir", f"{tmp_path}/closed/out"])
     assert "no permission" in problem
+
+
+def test_a_file_of_weights_is_no_state(base: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "cat.safetensors"
+    file.touch()
+    (problem,) = _problems([*base, "--resume", str(file)])
+    assert problem.startswith(f"--resume: {file} is a file of weights, not the folder of a state; to start from these")
+    assert "--network_weights (embeddings: --weights)" in problem
+    with pytest.raises(UserError) as caught:
+        parse([*base, "--resume", str(file)], script=TRAIN_TEXTUAL_INVERSION)
+    (problem,) = [str(one) for one in caught.value.problems if one.where == "--resume"]
+    assert "give them as --weights;" in problem
 
 
 def test_prompts_of_an_unknown_kind(base: list[str], tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
 """Ready settings: what they set, what wins over them, and the repeats and the command that follow from them."""
 
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from library.errors import UserError
-from library.options import load_datasets, parse, presets
+from library.options import Options, load_datasets, parse, presets
+from library.options.registry import FLAGS, flags_of_script
+from library.options.scripts import TRAIN_TEXTUAL_INVERSION
 from tests.pictures import make_pictures
 
+QUICKSTARTS = {"quickstart", "quickstart-embedding"} & set(presets.names())
+KINDS = sorted(set(presets.names()) - QUICKSTARTS)
 NEEDED = ("--pretrained_model_name_or_path", "m.safetensors", "--network_module", "networks.lora")
 
 
@@ -27,15 +32,58 @@ def arguments(config: Path, *more: str) -> list[str]:
     return [*NEEDED, "--dataset_config", str(config), "--output_dir", str(config.parent / "out"), *more]
 
 
+def embedding_arguments(config: Path, *more: str) -> list[str]:
+    place = ("--dataset_config", str(config), "--output_dir", str(config.parent / "out"))
+    return [*NEEDED[:2], *place, *more]
+
+
 def test_there_are_the_presets_that_the_docs_name() -> None:
     kinds = {"character", "style-soft", "style-strong", "low-cost", "competition", "low-memory", "illustrious"}
-    assert kinds | {"quickstart"} == set(presets.names())
+    kinds |= {"embedding-object", "embedding-style", "pivotal"}
+    assert kinds | QUICKSTARTS == set(presets.names())
 
 
-@pytest.mark.parametrize("name", [name for name in presets.names() if name != "quickstart"])
+@pytest.mark.parametrize("name", KINDS)
 def test_a_preset_is_valid_and_says_nothing_without_effect(name: str, config: Path) -> None:
     options = parse(arguments(config, "--preset", name, "--resolution", "512"))
     assert not [line for line in options.notices if "no effect" in line]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_preset_works_in_the_script_of_embeddings(name: str, config: Path) -> None:
+    """What it says of networks, and of text encoders that are frozen, is left out with a line each."""
+    words = ("--preset", name, "--resolution", "512", "--token_string", "blorptoken")
+    options = parse(embedding_arguments(config, *words), script=TRAIN_TEXTUAL_INVERSION)
+    content = tomllib.loads((presets.FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    foreign = sorted(key for key in content if key in FLAGS and key not in flags_of_script(options.script))
+    told = [line for line in options.notices if "no effect" in line]
+    owner = "flags of train_network.py have no effect here and are ignored"
+    assert told == ([f"--preset {name}: {owner}: {', '.join(foreign)}"] if foreign else [])
+    assert not options.explicit & set(foreign)
+    assert options.network == Options().network and not options.caching.cache_text_encoder_outputs
+    dropped = [line for line in options.notices if "left out, because" in line and "embeddings are trained" in line]
+    assert len(dropped) == len({"cache_text_encoder_outputs", "ti_train_steps_ratio"} & set(content))
+
+
+def test_presets_of_embeddings(config: Path) -> None:
+    words = ("--resolution", "512", "--token_string", "blorptoken", "--preset")
+    thing = parse(embedding_arguments(config, *words, "embedding-object"), script=TRAIN_TEXTUAL_INVERSION)
+    style = parse(embedding_arguments(config, *words, "embedding-style"), script=TRAIN_TEXTUAL_INVERSION)
+    assert thing.dataset.caption_preset == "object" and style.dataset.caption_preset == "style"
+    assert thing.optimizer.learning_rate > style.optimizer.learning_rate
+    assert thing.embeddings.num_vectors_per_token == (2,) and style.embeddings.num_vectors_per_token == (4,)
+    assert not thing.dataset.flip_aug and style.dataset.flip_aug
+    both = parse(arguments(config, *words, "pivotal"))
+    assert both.embeddings.embedding_lr == 1e-3 and both.embeddings.ti_train_steps_ratio == 0.5
+    assert both.network.network_dim == 16 and both.optimizer.unet_lr == 1e-4
+    frozen = parse(arguments(config, *words, "pivotal,low-memory"))
+    assert frozen.network.network_train_unet_only and not frozen.caching.cache_text_encoder_outputs
+
+
+def test_a_cache_that_was_asked_for_outside_of_a_preset_stays(config: Path) -> None:
+    words = ("--resolution", "512", "--token_string", "blorptoken", "--preset", "low-memory")
+    with pytest.raises(UserError, match="--cache_text_encoder_outputs: "):
+        parse(arguments(config, *words, "--cache_text_encoder_outputs"))
 
 
 def test_numbers_of_the_field(config: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from library.errors import UserError
 from library.options import Options, parse, setup_parser
-from library.options.registry import FLAGS
+from library.options.registry import FLAGS, flags_of_script
+from library.options.scripts import TRAIN_TEXTUAL_INVERSION
 
 _OURS = {
     *("deterministic", "trust_foreign_caches", "resume_schedule", "dry_run", "text_encoder", "variant"),
@@ -22,28 +23,52 @@ _OURS = {
     *("stop_text_encoder_training", "early_stopping_patience", "ignore_memory_check", "list_optimizers"),
     *("legacy_ztsnr_weights", "masked_loss_normalize", "gradient_checkpointing_every"),
     *("gradient_checkpointing_attention_only", "offload_text_encoders", "offload_during_sampling"),
-    *("sample_images_per_prompt", "log_norms", "preset", "print_command"),
+    *("sample_images_per_prompt", "preview_prompts", "log_norms", "preset", "print_command"),
+    *("initial_phrase", "base_embeddings", "embedding_lr", "ti_train_steps_ratio", "embedding_norm"),
+    *("save_embedding_as", "scale_lr", "no_scale_lr"),
 }
+_ONE_FOR_EACH_TOKEN = {"token_string", "num_vectors_per_token", "init_word", "weights"}
+"""One value in sd-scripts, and here one for each of several tokens; the number of vectors may follow from files."""
 _SHAPES = {"flag": {"flag"}, "int": {"int"}, "float": {"float"}, "int_or_float": {"steps"}, "Path": {"path"}}
 _TEXTS = {"str", "path", "size"}
 
 
-def _theirs() -> list[dict[str, str]]:
+def _theirs(script: str = "network") -> list[dict[str, str]]:
     with (Path(__file__).parent / "flags.tsv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    return [row for row in rows if {"network", "sdxl_network"} & set(row["scripts"].split(","))]
+    return [row for row in rows if {script, f"sdxl_{script}"} & set(row["scripts"].split(","))]
 
 
-def test_every_flag_of_the_network_scripts_is_known_and_no_other() -> None:
-    assert {row["flag"].removeprefix("--") for row in _theirs()} | _OURS == set(FLAGS)
-    assert len(_theirs()) == 196
+def _names(script: str) -> set[str]:
+    return {row["flag"].removeprefix("--") for row in _theirs(script)}
 
 
-@pytest.mark.parametrize("row", _theirs(), ids=lambda row: row["flag"])
-def test_type_default_and_choices_are_those_of_sd_scripts(row: dict[str, str]) -> None:
-    flag = FLAGS[row["flag"].removeprefix("--")]
-    assert flag.default == ast.literal_eval(row["default"])
-    assert flag.many == ("nargs" in row["type"])
+def test_every_flag_of_their_scripts_is_known_and_no_other() -> None:
+    assert _names("network") | _names("ti") | _OURS == set(FLAGS)
+    assert (len(_theirs()), len(_theirs("ti"))) == (196, 170)
+
+
+def test_the_script_of_embeddings_has_every_flag_of_theirs() -> None:
+    """Besides, it has those of the network script that aren't about networks."""
+    ours = set(flags_of_script("train_textual_inversion"))
+    assert _names("ti") <= ours
+    lacking = set(FLAGS) - ours
+    assert all(FLAGS[name].group == "network" or name in TRAIN_TEXTUAL_INVERSION.lacks for name in lacking)
+
+
+@pytest.mark.parametrize(
+    ("script", "row"),
+    [
+        pytest.param(ours, row, id=f"{theirs} {row['flag']}")
+        for ours, theirs in (("train_network", "network"), ("train_textual_inversion", "ti"))
+        for row in _theirs(theirs)
+    ],
+)
+def test_type_default_and_choices_are_those_of_sd_scripts(script: str, row: dict[str, str]) -> None:
+    flag = flags_of_script(script)[row["flag"].removeprefix("--")]
+    several = flag.name in _ONE_FOR_EACH_TOKEN
+    assert flag.default == ast.literal_eval(row["default"]) or (several and flag.default is None)
+    assert flag.many == ("nargs" in row["type"] or several)
     assert flag.shape in _SHAPES.get(row["type"].split("[")[0], _TEXTS)
     if row["choices"]:
         assert set(flag.choices) == {choice for choice in json.loads(row["choices"]) if choice is not None}

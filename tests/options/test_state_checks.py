@@ -21,7 +21,7 @@ def options(**values: object) -> Options:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"huggingface_repo_id": "lora"}, "--huggingface_repo_id: 'lora' is no name of a repository; give user/name"),
+        ({"huggingface_repo_id": "a lora"}, "--huggingface_repo_id: 'a lora' is no name of a repository; give user/"),
         ({"huggingface_repo_id": "me/a/b"}, "no name of a repository"),
         ({"huggingface_repo_id": "me/a--b"}, "no name of a repository"),
         ({"huggingface_repo_type": "modle"}, "--huggingface_repo_type: there is no repository type modle"),
@@ -49,6 +49,7 @@ def test_what_is_wrong(values: dict[str, object], said: str) -> None:
             "huggingface_path_in_repo": "a/b",
         },
         {"huggingface_repo_id": "me/lora", "huggingface_repo_visibility": "Public"},
+        {"huggingface_repo_id": "lora.v1"},
         {"resume_from_huggingface": True, "resume": "me/lora/a/x-state:v1:dataset"},
         {"initial_step": 2000, "max_train_epochs": 10},
         {"initial_step": 5},

@@ -195,6 +195,26 @@ def test_looking_at_schedule_free_weights_changes_no_bit(name: str) -> None:
     assert all(torch.equal(one, two) for one, two in zip(problem.parameters, undisturbed.parameters, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [info.name for info in OPTIMIZERS if info.schedule_free] + [DOTTED[0]])
+def test_frozen_weights_are_what_was_shown_from_then_on(name: str) -> None:
+    problem = Problem(name)
+    built = built_over(name, problem)
+    for _ in range(8):
+        problem.step(built)
+    frozen = built.parameters()[0]
+    with built.evaluating():
+        shown = frozen.detach().clone()
+    assert not torch.equal(frozen, shown)
+    built.freeze([frozen])
+    frozen.requires_grad_(False)
+    for _ in range(2):
+        problem.step(built)
+        assert torch.equal(frozen, shown)
+        with built.evaluating():
+            assert torch.equal(frozen, shown)
+
+
 def test_weights_are_put_back_where_looking_at_them_fails() -> None:
     problem = Problem("AdamWScheduleFree")
     built = built_over("AdamWScheduleFree", problem)

@@ -9,6 +9,7 @@ import pytest
 
 from library.options import parse
 from library.options.registry import FLAGS
+from library.options.scripts import TRAIN_TEXTUAL_INVERSION
 from library.training.prepare import prepare
 from library.training.run_settings import CLASSIFIED, IRRELEVANT, MAY_CHANGE, MUST_BE_EQUAL, TOTAL
 from library.training.same_run import differences
@@ -32,7 +33,7 @@ def test_groups_that_are_not_classified_are_those_of_files_and_messages() -> Non
 @pytest.fixture
 def settings(tiny_sd1: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, str], dict[str, str]]]:
     """Settings of a run with more flags: those that must be equal, and those that may change."""
-    make_pictures(tmp_path / "pictures", count=3)
+    make_pictures(tmp_path / "pictures", count=3, name="thing mycat blorp")
 
     def make(*more: str) -> tuple[dict[str, str], dict[str, str]]:
         common = ["--pretrained_model_name_or_path", str(tiny_sd1), "--train_data_dir", str(tmp_path / "pictures")]
@@ -66,6 +67,7 @@ def test_every_setting_stands_for_a_flag(settings: Callable[..., tuple[dict[str,
         ("--latent_sampling sample", "latent_sampling"),
         ("--flip_aug", "data"),
         ("--seed 2", "seed"),
+        ("--token_string mycat", "embeddings"),
     ],
 )
 def test_what_would_make_another_run_changes_a_setting(
@@ -89,6 +91,22 @@ def test_what_would_make_another_run_changes_a_setting(
         ("", "--flip_aug", "--resume (data): names, sizes, repeats or captions of pictures, buckets, or settings of"),
         ("", "--optimizer_type Lion", "--resume (optimizer): the run was started with AdamW, this one has Lion; "),
         ("--optimizer_type Lion", "", "--resume (optimizer): the run was started with Lion, this one has AdamW; "),
+        (
+            "",
+            "--token_string mycat",
+            "--resume (embeddings): token_string was none, now mycat (1 vector), embedding_no",
+        ),
+        (
+            "--token_string mycat blorp --num_vectors_per_token 2",
+            "--token_string mycat --num_vectors_per_token 2",
+            "token_string was mycat (2 vectors) and blorp (2 vectors), now mycat (2 vectors); resume with the same emb",
+        ),
+        ("--token_string mycat", "", "token_string was mycat (1 vector), now none, embedding_norm was off, now none; "),
+        (
+            "--token_string mycat",
+            "--token_string mycat --embedding_norm clamp",
+            "--resume (embeddings): embedding_norm was off, now clamp; resume with the same embeddings",
+        ),
     ],
 )
 def test_the_refusal_says_what_differs_and_shows_no_hash(
@@ -151,3 +169,64 @@ def test_the_order_of_arguments_and_what_changes_nothing_are_left_out(
     kept = ("--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_size=2")
     assert settings(*kept)[0] != settings(*kept, "--learning_rate", "1e-3")[0]
     assert settings("--use_8bit_adam")[0] == settings("--optimizer_type", "AdamW8bit")[0]
+
+
+TOKEN = ("--token_string", "mycat")
+
+
+def test_what_vectors_start_from_may_be_gone_and_their_rate_may_change(
+    settings: Callable[..., tuple[dict[str, str], dict[str, str]]],
+) -> None:
+    first, lines = settings(*TOKEN)
+    assert settings(*TOKEN, "--init_word", "cat", "--save_embedding_as", "webui")[0] == first
+    assert settings(*TOKEN, "--initial_phrase", "cat")[0] == first
+    second, others = settings(*TOKEN, "--embedding_lr", "3e-3", "--ti_train_steps_ratio", "0.5")
+    assert second == first
+    assert {name: others[name] for name in lines if lines[name] != others[name]} == {
+        "embedding_lr": "0.003",
+        "ti_train_steps_ratio": "0.5",
+    }
+    kept = (*TOKEN, "--lr_scheduler_type", "StepLR", "--lr_scheduler_args", "step_size=2")
+    assert settings(*kept)[0] != settings(*kept, "--embedding_lr", "3e-3")[0]
+
+
+def test_frozen_embeddings_are_known_by_their_files(
+    settings: Callable[..., tuple[dict[str, str], dict[str, str]]], tiny_sd1: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    width = json.loads((tiny_sd1 / "text_encoder/config.json").read_text())["hidden_size"]
+    file = tmp_path / "style.safetensors"
+
+    def with_file(value: float) -> dict[str, str]:
+        save_file({"emb_params": torch.full((2, width), value)}, file)
+        return settings("--base_embeddings", f"mycat={file}")[0]
+
+    zeros, ones, without = with_file(0.0), with_file(1.0), settings()[0]
+    assert zeros == with_file(0.0)
+    (problem,) = differences(zeros, ones)
+    told = "--resume (embeddings): the file of --base_embeddings mycat is another one; resume with the same embeddings"
+    assert str(problem) == told
+    (problem,) = differences(zeros, without)
+    assert "(embeddings): --base_embeddings mycat was given, now it is not; " in str(problem)
+    (problem,) = differences(without, zeros)
+    assert "(embeddings): --base_embeddings mycat was not given, now it is; " in str(problem)
+
+
+def test_a_state_from_before_there_were_embeddings_is_one_without_any(
+    settings: Callable[..., tuple[dict[str, str], dict[str, str]]],
+) -> None:
+    now, _ = settings()
+    started = {name: value for name, value in now.items() if name != "embeddings"}
+    assert not list(differences(started, now))
+    assert list(differences(started, settings(*TOKEN)[0]))
+
+
+def test_without_a_network_its_other_flags_are_no_setting(tiny_sd1: Path, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", count=1, name="mycat")
+    line = ["--pretrained_model_name_or_path", str(tiny_sd1), "--train_data_dir", str(tmp_path / "pictures")]
+    line += ["--output_dir", str(tmp_path), "--resolution", "64", "--caption_extension", ".txt", *TOKEN]
+    found = prepare(parse(line, script=TRAIN_TEXTUAL_INVERSION)).settings
+    assert json.loads(found["network"]) == {"module": None}
+    assert json.loads(found["embeddings"]) == {"token_string": ["mycat (1 vector)"], "embedding_norm": "off"}

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from library.models.inspect import inspect
+from library.options import Options
+from library.options.network import Network
+from library.training.start_weights import check_base_weights
 from tests.pictures import make_pictures
 from tests.programs import ROOT, environment
 
@@ -76,6 +80,21 @@ CASES: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...], str]] = {
         UNET,
         "see --network_args for convolutions",
     ),
+    "embedding": ({"emb_params": (2, 32)}, UNET, "is an embedding, not a network; give it as --weights"),
+    "embedding of SDXL": ({"clip_l": (2, 32), "clip_g": (2, 64)}, UNET, "is an embedding, not a network"),
+    "embedding of diffusers": ({"<cat>": (32,)}, UNET, "is an embedding, not a network"),
+    "bundle without a network": ({"bundle_emb.cat.emb_params": (2, 32)}, UNET, "is an embedding, not a network"),
+    "bundle": (
+        {"bundle_emb.cat.emb_params": (2, 32), **factors(KEY, 2, 32, 32)},
+        UNET,
+        "has embeddings bundled with the LoRA",
+    ),
+    "neither": ({"some.weight": (2, 32)}, UNET, "some.weight is not a key of a LoRA"),
+    "embedding for another module": (
+        {"emb_params": (2, 32)},
+        ("--network_module", "networks.oft", "--network_dim", "2"),
+        "is an embedding, not",
+    ),
     "half": ({f"{KEY}.lora_down.weight": (2, 32)}, UNET, "lacks lora_down or lora_up"),
 }
 
@@ -85,6 +104,29 @@ def test_weights_are_judged_by_their_header(case: str, tiny_models: Callable[[st
     names, more, said = CASES[case]
     found = refusal(tiny_models("sd1"), lora(tmp_path / "some.safetensors", names), tmp_path, *more)
     assert said in found and bool(found) == bool(said)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_an_embedding_is_no_network_to_merge_either(
+    ending: str, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file as save_tensors
+
+    path, vectors = tmp_path / f"cat{ending}", torch.ones(2, 32)
+    if ending == ".pt":
+        torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "cat"}, path)
+    else:
+        save_tensors({"emb_params": vectors}, path)
+    (problem,) = check_base_weights(parse_base(path), inspect(str(tiny_models("sd1"))))
+    assert (problem.where, problem.wrong) == (f"--base_weights {path}", "is an embedding, not a network")
+    assert "--weights" in problem.advice and "--token_string" in problem.advice
+
+
+def parse_base(path: Path) -> Options:
+    """Options with this one of `--base_weights`."""
+    network = Network(network_module="networks.lora", base_weights=(str(path),))
+    return Options(network=network)
 
 
 def test_what_passes_the_header_loads(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from library.training.products import Product
 from library.training.saving import Saver
 from library.training.state import RunState, find_latest, read_state
 from library.training.steps import Save, SavePlan, make_clock
@@ -43,14 +44,18 @@ def saver(tmp_path: Path) -> Make:
         optimizer: Callable[[], dict[str, Any]] = lambda: {"optimizer": {}},
         after: Callable[[Path], None] | None = None,
     ) -> Saver:
+        def write(path: Path, dtype: torch.dtype | None, updates_done: int) -> None:
+            trained.save(path, dtype, {"ss_steps": str(updates_done)})
+
+        def check(path: Path) -> list[str]:
+            return check_file(path, {name: one.shape for name, one in trained.state_dict().items()})
+
         return Saver(
             tmp_path,
-            extension,
+            lambda stem: (Product(f"{stem}{extension}", write, check),),
             None,
             trained,
             optimizer,
-            lambda updates: {"ss_steps": str(updates)},
-            lambda path: check_file(path, {name: one.shape for name, one in trained.state_dict().items()}),
             lambda updates: RunState(updates, 1, 2.0, 3, 12, 12, (), {}, {}),
             after=after,
         )

@@ -42,6 +42,26 @@ def test_a_new_repository_is_private_unless_told_otherwise(hub: StandIn) -> None
     assert len(hub.private) == 3
 
 
+def test_a_repository_without_a_user_is_the_tokens_own(
+    hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "x.safetensors").write_text("x")
+    for _ in range(2):
+        sender = uploader(hub, repo="lora")
+        sender.check()
+        sender.send(tmp_path / "x.safetensors")
+        assert sender.finish() == () and sender.address == "me/lora"
+    assert hub.private == {REPO: True} and hub.files[REPO] == {"x.safetensors": b"x"}
+    assert hub.tokens == {"Bearer hf_secret"}
+    assert capsys.readouterr().err.count("made the private repository me/lora on the hub") == 1
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(UserError, match=r"can't send files to lora: without a token.*give --huggingface_token"):
+        uploader(hub, repo="lora", token=None).check()
+
+
 def test_an_existing_repository_keeps_its_visibility_and_says_so(
     hub: StandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,18 @@ def test_without_held_out_pictures_less_is_claimed(name: str, words: str) -> Non
     assert not any("try first: " in line or "began to rise" in line for line in said)
 
 
+def test_noise_of_single_steps_is_no_verdict_on_a_few_vectors() -> None:
+    watch = Watch(None)
+    for step, loss in enumerate(np.random.default_rng(4).normal(0.1, 0.05, 400), 1):
+        watch.trained(step, float(loss))
+    assert "shows no trend beyond its noise" in watch.advice(SAVES)[0]
+    (line,) = watch.advice(SAVES, only_vectors=True)
+    assert "says little about a few vectors: compare previews" in line and "--validation_split" in line
+    for name in ("plateau", "diverged"):
+        seen = replay(name, validated=False)
+        assert seen.advice(SAVES, only_vectors=True) == seen.advice(SAVES)
+
+
 def test_patience_stops_the_recorded_runs() -> None:
     overfit = replay("overfit", patience=5)
     assert overfit.best is not None and overfit.state()["validations"][-1][0] == overfit.best[0] + 5 * 40

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from library.console import track
+from library.data.captions import replaces
 from library.data.sources.listing import Findings, Listed, caption_of
 from library.data.sources.picture_files import Folders, some
 from library.errors import Problem, UserError, nearest
@@ -218,7 +219,7 @@ def _columns(rows: Any, spec: SubsetSpec, findings: Findings) -> dict[str, str]:
             wrong = f"there is no column {column}, but {_told(there)}"
             advice = nearest(column, there) or f"name one with {role}_column"
             problems.append(Problem(name, wrong, advice))
-        elif role == "caption":
+        elif role == "caption" and not replaces(spec.caption):
             instead = f'the class tokens "{spec.class_tokens}" are' if spec.class_tokens else "an empty caption is"
             findings.notices.append(
                 f"{name}: there is no column {column}, but {_told(there)}; {instead} used "
@@ -256,7 +257,7 @@ def _captions(rows: Any, column: str | None, spec: SubsetSpec, findings: Finding
     texts = rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
     captions: list[str | None] = [caption_of(text or "", spec.caption.wildcards) for text in texts]
     empty = captions.count("")
-    if empty:
+    if empty and not replaces(spec.caption):
         findings.notices.append(f"{spec.name}: {empty} of {len(texts)} captions are empty")
     return captions
 

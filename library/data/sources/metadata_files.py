@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.data.captions import replaces
 from library.data.sources.listing import Findings, Listed, caption_of, lines_of
 from library.data.sources.picture_files import SHOWN, Folders, is_picture, some
 from library.errors import Problem, UserError, nearest
@@ -56,7 +57,7 @@ def list_metadata(spec: SubsetSpec, findings: Findings) -> list[Listed]:
         return []
     listed = reading.finish(spec, tell_unnamed=True)
     empty = sum(not one.caption for one in listed)
-    if empty:
+    if empty and not replaces(spec.caption):
         findings.notices.append(f"{path}: {empty} of {len(listed)} pictures have neither caption nor tags there")
     return listed
 
@@ -92,7 +93,7 @@ def list_jsonl(spec: SubsetSpec, findings: Findings) -> list[Listed]:
     listed = reading.finish(spec, tell_unnamed=False)
     _judge_masks(path, spec, found_masks, bool(listed), findings)
     empty = sum(not one.caption for one in listed)
-    if empty:
+    if empty and not replaces(spec.caption):
         findings.notices.append(f"{path}: {empty} of {len(listed)} captions are empty")
     return listed
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from library.data.captions import replaces
 from library.data.garbage import uncollected
 from library.data.records import ImageRecord
 from library.data.sources.balance import balance
@@ -242,11 +243,13 @@ def _read_headers(sources: Sequence[_Source], shelves: Shelves, threads: int, ve
 
 
 def _caption_files(source: _Source, shelves: Shelves, findings: Findings) -> dict[str, list[str | None]]:
-    """The caption file of each picture that may have one, by folder and in the order of `_Part.names`."""
+    """The caption file of each picture that may have one, by folder and in the order of `_Part.names`. Nothing is said
+    of files that aren't trained."""
     if source.spec.caption_from != "file" or (source.listed and all(one.caption is not None for one in source.listed)):
         return {}
     places = [Place(shelves[part.folder].names, part.names) for part in source.parts]
-    found = find_caption_files(source.spec, places, findings)
+    aside = Findings() if replaces(source.spec.caption) else findings
+    found = find_caption_files(source.spec, places, aside)
     return {part.folder: files for part, files in zip(source.parts, found, strict=True)}
 
 
@@ -338,8 +341,13 @@ def _masks(
 def _notice_captions(
     source: _Source, files: dict[str, list[str | None]], texts: Sequence[str | None], findings: Findings
 ) -> None:
-    """What stands in for missing captions, and how many are empty."""
+    """What stands in for missing captions, and how many are empty; templates that stand for all of them."""
     spec, title = source.spec, _title(source.spec)
+    if replaces(spec.caption):
+        own = "caption files" if files else "own captions"
+        unused = f"; its {own} aren't used (--keep_original_captions would)" if any(texts) else ""
+        findings.notices.append(f"{title}: captions are templates around {spec.caption.subject}{unused}")
+        return
     instead = f'the class tokens "{spec.class_tokens}" are' if spec.class_tokens else "an empty caption is"
     missing = sum(text is None for text in texts)
     if missing and spec.caption_from == "class_tokens":
