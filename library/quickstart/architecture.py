@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from library.tokenizer import END_ID, START_ID, VOCABULARY_SIZE, write_folder
+from library.tokenizer.vocabulary import PLAIN, Vocabulary
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 TEXT_WIDTH = 64
@@ -22,12 +23,13 @@ FACTOR = 8
 
 @dataclass(frozen=True)
 class Parts:
-    """The four trained or built parts of the base model."""
+    """The four trained or built parts of the base model, and the tokens that its text encoder knows."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     scheduler: DDPMScheduler
+    vocabulary: Vocabulary = PLAIN
 
 
 def build_vae() -> AutoencoderKL:

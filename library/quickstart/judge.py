@@ -29,21 +29,22 @@ class Verdict:
     size: Size | None
 
 
-def _lab(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    lab: NDArray[np.float32] = cv2.cvtColor(pixels.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    return lab
+def lab(pixels: NDArray[np.uint8] | NDArray[np.float64]) -> NDArray[np.float32]:
+    """RGB of 0 to 255 -> CIE Lab, (height, width, 3)."""
+    converted: NDArray[np.float32] = cv2.cvtColor(pixels.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    return converted
 
 
 @lru_cache(maxsize=1)
 def _palette() -> tuple[tuple[str, ...], NDArray[np.float32]]:
     colours = np.array([list(COLOURS.values())], np.uint8)
-    return tuple(COLOURS), _lab(colours)[0]
+    return tuple(COLOURS), lab(colours)[0]
 
 
 def nearest_colours(pixels: NDArray[np.uint8]) -> NDArray[np.str_]:
     """The palette's name, pixel by pixel, of the colour that is nearest in CIE Lab; (height, width)."""
     names, palette = _palette()
-    distance = np.linalg.norm(_lab(pixels)[:, :, None] - palette, axis=3)
+    distance = np.linalg.norm(lab(pixels)[:, :, None] - palette, axis=3)
     return np.array(names)[distance.argmin(axis=2)]
 
 
@@ -65,8 +66,8 @@ def foreground(picture: Picture, limit: float | None = None) -> NDArray[np.uint8
 
     `limit` is the distance in CIE Lab from which a pixel differs; without it, half of the strongest that is there.
     """
-    back = _lab(background_rgb(picture).astype(np.uint8).reshape(1, 1, 3))
-    distance = np.linalg.norm(_lab(picture) - back, axis=2)
+    back = lab(background_rgb(picture).astype(np.uint8).reshape(1, 1, 3))
+    distance = np.linalg.norm(lab(picture) - back, axis=2)
     limit = limit or max(15.0, float(np.percentile(distance, 98)) / 2)
     contours, _ = cv2.findContours((distance > limit).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     mask = np.zeros(picture.shape[:2], np.uint8)

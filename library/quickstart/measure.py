@@ -64,7 +64,8 @@ def denoising_loss(parts: Parts, pictures: Sequence[Sized], captions: Sequence[s
         latents = parts.vae.encode(to_tensor([sized.draw()])).latent_dist.mean * parts.vae.config.scaling_factor
         noise = gaussian(rng(SEED, "validation", "noise", number), (len(TIMESTEPS), *latents.shape[1:]))
         noisy = parts.scheduler.add_noise(latents.expand(noise.shape), noise, timesteps)
-        words = parts.text_encoder(tokens([captions[number]])).last_hidden_state.expand(len(TIMESTEPS), -1, -1)
+        words = parts.text_encoder(tokens([captions[number]], parts.vocabulary)).last_hidden_state
+        words = words.expand(len(TIMESTEPS), -1, -1)
         losses.append(functional.mse_loss(parts.unet(noisy, timesteps, words).sample, noise))
     return float(torch.stack(losses).mean())
 

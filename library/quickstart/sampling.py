@@ -47,7 +47,7 @@ def sample(
     empty = parts.text_encoder(tokens([""])).last_hidden_state
     for start in range(0, len(prompts), batch):
         chosen = prompts[start : start + batch]
-        words = parts.text_encoder(tokens(chosen)).last_hidden_state
+        words = parts.text_encoder(tokens(chosen, parts.vocabulary)).last_hidden_state
         conditioning = torch.cat([empty.expand(len(chosen), -1, -1), words])
         schedule = sampler()
         schedule.set_timesteps(steps)

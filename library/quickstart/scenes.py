@@ -1,7 +1,8 @@
-"""The little world that the embedded base model knows, and the one thing in it that the model has never seen.
+"""The little world that the embedded base model knows, and two new things in it that the model has never seen.
 
-A scene is one flat shape on a flat background; the new thing, the blorp, is a creature of four coloured parts.
-`draw` and `caption` turn a scene into a picture and its words. Judging pictures is judge's job.
+A scene is one flat shape on a flat background. The blorp is a new shape, a creature of four coloured parts; "florp" is
+a new look of the old shapes: turquoise, with stripes. `draw` and `caption` turn a scene into a picture and its words.
+Judging pictures is judge's job.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (22, 22, 26),
 }
 NEW_THING: Shape = "blorp"
+NEW_LOOK = "florp"
+STRIPES: tuple[tuple[int, int, int], tuple[int, int, int]] = ((20, 165, 160), (120, 225, 210))
+STRIPE = 0.4
 SHAPES: tuple[Shape, ...] = tuple(shape for shape in get_args(Shape) if shape != NEW_THING)
 PLACES: tuple[Place, ...] = get_args(Place)
 SIZES: tuple[Size, ...] = get_args(Size)
@@ -58,7 +62,8 @@ _MARGIN = 3
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `colour` is empty for the blorp, whose parts have their own; `variant` picks the jitter."""
+    """What a picture shows. `colour` is empty for the blorp, whose parts have their own, and may be the new look;
+    `variant` picks the jitter."""
 
     shape: Shape
     colour: str
@@ -70,10 +75,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Part:
-    """One filled polygon in the unit box (x right, y down, both -1 ... 1)."""
+    """One filled polygon in the unit box (x right, y down, both -1 ... 1); `inside` another, if it is cut to that."""
 
     points: NDArray[np.float64]
-    colour: str
+    colour: tuple[int, int, int]
+    inside: NDArray[np.float64] | None = None
 
 
 def _disc(x: float, y: float, radius: float) -> NDArray[np.float64]:
@@ -114,12 +120,28 @@ def outlines() -> dict[Shape, NDArray[np.float64]]:
 def blorp_parts() -> tuple[Part, ...]:
     """The blorp, back to front: red feet, a purple body with one white eye, a yellow pointed hat."""
     return (
-        Part(_box(-0.62, 0.45, -0.14, 1.0), "red"),
-        Part(_box(0.14, 0.45, 0.62, 1.0), "red"),
-        Part(_disc(0, 0.14, 0.68), "purple"),
-        Part(_disc(0, 0.26, 0.28), "white"),
-        Part(np.array([(0, -1.0), (0.80, -0.16), (-0.80, -0.16)]), "yellow"),
+        Part(_box(-0.62, 0.45, -0.14, 1.0), COLOURS["red"]),
+        Part(_box(0.14, 0.45, 0.62, 1.0), COLOURS["red"]),
+        Part(_disc(0, 0.14, 0.68), COLOURS["purple"]),
+        Part(_disc(0, 0.26, 0.28), COLOURS["white"]),
+        Part(np.array([(0, -1.0), (0.80, -0.16), (-0.80, -0.16)]), COLOURS["yellow"]),
     )
+
+
+def striped(points: NDArray[np.float64]) -> tuple[Part, ...]:
+    """An outline in the new look: all of it dark turquoise, every other stripe of it light."""
+    dark, light = STRIPES
+    tops = np.arange(-1.2 + STRIPE, 1.2, 2 * STRIPE)
+    bands = [_box(-1.2, top, 1.2, top + STRIPE) for top in tops]
+    return (Part(points, dark), *(Part(band, light, inside=points) for band in bands))
+
+
+def parts_of(scene: Scene) -> tuple[Part, ...]:
+    """What stands on the background, back to front."""
+    if scene.shape == NEW_THING:
+        return blorp_parts()
+    points = outlines()[scene.shape]
+    return striped(points) if scene.colour == NEW_LOOK else (Part(points, COLOURS[scene.colour]),)
 
 
 def fill(canvas: Picture, points: NDArray[np.float64], colour: tuple[int, int, int]) -> None:
@@ -145,8 +167,8 @@ def draw(scene: Scene, width: int, height: int, jitter: float = JITTER) -> Pictu
     generator = rng(scene.variant, "augment", *names, width, height)
     scale, shift_x, shift_y = jitter * generator.uniform(-1, 1, 3)
 
-    def tint(name: str) -> tuple[int, int, int]:
-        red, green, blue = np.clip(np.array(COLOURS[name]) + generator.integers(-4, 5, 3), 0, 255).tolist()
+    def tint(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+        red, green, blue = np.clip(np.array(colour) + generator.integers(-4, 5, 3), 0, 255).tolist()
         return red, green, blue
 
     half = EXTENT[scene.size] * (1 + 0.05 * scale) * min(width, height) / 2
@@ -155,10 +177,15 @@ def draw(scene: Scene, width: int, height: int, jitter: float = JITTER) -> Pictu
     at_y = np.clip(at_y + 0.12 * shift_y, 0, 1)
     edge = half + _MARGIN
     centre = np.array([edge + at_x * (width - 2 * edge), edge + at_y * (height - 2 * edge)])
-    canvas = blank(width, height, tint(scene.background))
-    parts = blorp_parts() if scene.shape == NEW_THING else (Part(outlines()[scene.shape], scene.colour),)
-    for part in parts:
-        fill(canvas, (centre + part.points * half) * _SUPERSAMPLING, tint(part.colour))
+    canvas = blank(width, height, tint(COLOURS[scene.background]))
+    for part in parts_of(scene):
+        painted = canvas.copy()
+        fill(painted, (centre + part.points * half) * _SUPERSAMPLING, tint(part.colour))
+        if part.inside is not None:
+            within = np.zeros_like(canvas)
+            fill(within, (centre + part.inside * half) * _SUPERSAMPLING, (1, 1, 1))
+            painted = np.where(within > 0, painted, canvas)
+        canvas = painted
     return shrink(canvas, width, height)
 
 

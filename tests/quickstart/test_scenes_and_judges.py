@@ -1,6 +1,7 @@
 """The little world is the same every time, and the judges see what was drawn, and nothing else."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,12 @@ from PIL import Image
 
 from library.quickstart.judge import agreement, judge
 from library.quickstart.judge_blorp import blorp_score, judge_blorp
-from library.quickstart.make_images import IMAGES_FOLDER, make_images
+from library.quickstart.make_images import (
+    EMBEDDING_IMAGES_FOLDER,
+    IMAGES_FOLDER,
+    make_embedding_images,
+    make_images,
+)
 from library.quickstart.pictures import HELD_OUT, TRAINING, Sized, old_pictures, prompts
 from library.quickstart.scenes import BUCKETS, SHAPES, Scene, caption, draw, random_scene
 from library.rng import rng
@@ -79,9 +85,11 @@ def test_held_out_pictures_share_neither_background_nor_place_nor_size_with_trai
         assert seen.isdisjoint(getattr(sized.scene, name) for sized in HELD_OUT)
 
 
-def test_stored_pictures_are_the_drawn_ones(tmp_path: Path) -> None:
-
-    for fresh in make_images(tmp_path):
-        stored = IMAGES_FOLDER / fresh.relative_to(tmp_path)
+@pytest.mark.parametrize(
+    ("make", "folder"), [(make_images, IMAGES_FOLDER), (make_embedding_images, EMBEDDING_IMAGES_FOLDER)]
+)
+def test_stored_pictures_are_the_drawn_ones(make: Callable[[Path], list[Path]], folder: Path, tmp_path: Path) -> None:
+    for fresh in make(tmp_path):
+        stored = folder / fresh.relative_to(tmp_path)
         assert np.array_equal(np.asarray(Image.open(stored)), np.asarray(Image.open(fresh)))
         assert stored.with_suffix(".txt").read_text() == fresh.with_suffix(".txt").read_text()
