@@ -13,6 +13,15 @@ from library.models.attention import choose_attention
 from library.models.inspect import inspect
 from library.models.load import load
 from library.models.offload import KeptInRam, optimizer_tensors, set_aside
+from tests.embedding_runs import (
+    COUNTS,
+    LORA,
+    pictures_of_tokens,
+    train,
+    train_both,
+    vectors,
+    watched_models,
+)
 from tests.pictures import make_pictures
 
 GPU = torch.device("cuda")
@@ -46,7 +55,7 @@ def test_half_precision_trains_finite_weights(
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())
     assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
     manifest = json.loads((tmp_path / "output/x-state/manifest.json").read_text())
-    assert manifest["settings"]["mixed_precision"] == precision
+    assert manifest["settings"]["precision"] == precision
 
 
 def bits(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -142,3 +151,31 @@ def test_what_saves_memory_or_time_trains(
     assert any(tensor.any() for key, tensor in tensors.items() if key.endswith("lora_up.weight"))
     drawn = [path for path in (tmp_path / "output").glob("sample/x_0*.png") if not path.stem.endswith("sheet")]
     assert len(drawn) == (2 if "--sample_images_per_prompt" in flags else 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("flags", [("fp16",), ("bf16", "--gradient_checkpointing"), ("bf16", "--fp8_base")])
+def test_vectors_of_new_tokens_train_and_the_table_stays(
+    tiny_models: Callable[[str], Path], tmp_path: Path, family: str, flags: tuple[str, ...]
+) -> None:
+    pictures = pictures_of_tokens(tmp_path / "pictures")
+    length = ("--max_train_steps", "4", "--mixed_precision", *flags)
+    for name, trains, more in (("alone", train, ()), ("both", train_both, (*LORA, "--ti_train_steps_ratio", "0.5"))):
+        output = tmp_path / name
+        states = ("--save_state", "--save_every_n_steps", "2")
+        with watched_models() as found:
+            assert trains(tiny_models(family), pictures, output, *more, *length, *states) == 0
+        (seen,) = found
+        for place, table in enumerate(seen.tables):
+            assert torch.equal(seen.model.embedding_table(place), table)
+        held = [vectors(output, stem) for stem in ("run-step00000002", "run")]
+        assert (held[0] == held[1]) == bool(more)
+        file = load_file(output / "run-blorp.safetensors")
+        assert all(np.isfinite(rows).all() and len(rows) == COUNTS[0] for rows in file.values())
+        assert len(file) == len(seen.tables)
+        resumed = tmp_path / f"{name}-resumed"
+        state = output / "run-step00000002-state"
+        assert trains(tiny_models(family), pictures, resumed, *more, *length, "--resume", state) == 0
+        for token, rows in vectors(resumed).items():
+            assert rows.keys() == held[1][token].keys()
