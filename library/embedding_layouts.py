@@ -9,12 +9,11 @@ and weights.embeddings' (values); both find their tensors here.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from library.errors import UserError
 
 Layout = Literal["kohya", "webui", "diffusers", "bundle"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 TOKEN_KEY = "ss_token_string"
 _ENCODERS = ("clip_l", "clip_g")
 _SINGLE = "emb_params"

@@ -104,10 +104,11 @@ def _together(places: Sequence[Place], script: Script, length: presets.Length | 
         above |= place.values.keys()
     given = Place({}, {})
     for place in reversed(places):
-        for switch, opposite in (("scale_lr", "no_scale_lr"), ("no_scale_lr", "scale_lr")):
-            if place.values.get(switch) in (True, "true", "1"):
-                given.values.pop(opposite, None)
-                given.places.pop(opposite, None)
+        for pair in (("scale_lr", "no_scale_lr"), ("caption_preset", "caption_templates")):
+            for flag, opposite in (pair, pair[::-1]):
+                if place.values.get(flag) not in (None, False, "false", "0", ""):
+                    given.values.pop(opposite, None)
+                    given.places.pop(opposite, None)
         given.values |= place.values
         given.places |= place.places
     for place in places:

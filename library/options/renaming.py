@@ -105,7 +105,8 @@ def combine(given: Place, theirs: Collection[str], script: Script, *, paced: boo
         else:
             wrong, _, advice = one.flag.why.partition("; ")
             given.problems.append(Problem(where, wrong, advice))
-    used = next((name for name in _TOKENS if name in theirs), None)
+    named = given.places.get("token_string", "")
+    used = next((name for name in _TOKENS if named.endswith(name)), None)
     used = used if script == TRAIN_TEXTUAL_INVERSION else None
     if used is not None:
         _defaults(given, used, paced=paced, previews="validation_prompt" in theirs)

@@ -273,19 +273,28 @@ def _validation(
 
 
 def _freezing(prepared: Prepared) -> dict[str, int]:
-    """After how many updates parts are trained no more. What was frozen when a state was written stays so in a run that
-    goes on from it, however much longer it is, unless the flag that says when is another one."""
+    """After how many updates parts are trained no more, by the flag that says when.
+
+    In a run that goes on, what was frozen when its state was written stays so, however much longer it is, unless the
+    flag is another one and its moment is still to come; what a flag would have frozen before is frozen now.
+    """
     total, plan = prepared.clock.total_updates, prepared.embeddings
     steps = {
         "stop_text_encoder_training": text_encoder_steps(prepared.options, total),
         "ti_train_steps_ratio": plan.frozen_after(total) if plan else None,
     }
-    found = {flag: step for flag, step in steps.items() if step is not None}
     state = prepared.resume.state if prepared.resume else None
     if state is None:
-        return found
-    same = [flag for flag in state.frozen if state.may_change.get(flag) == prepared.may_change.get(flag)]
-    return found | {flag: state.frozen[flag] for flag in same}
+        return {flag: step for flag, step in steps.items() if step is not None}
+    found = {}
+    for flag, step in steps.items():
+        frozen = state.frozen.get(flag)
+        same = state.may_change.get(flag) == prepared.may_change.get(flag)
+        if frozen is not None and (same or (step is not None and step <= state.updates_done)):
+            found[flag] = frozen
+        elif step is not None:
+            found[flag] = max(step, state.updates_done)
+    return found
 
 
 def _loop_settings(prepared: Prepared, freezing: Mapping[str, int]) -> LoopSettings:

@@ -22,6 +22,8 @@ from library.weights.embeddings import read_embedding
 _CHUNK = 4096
 _CLAMP = (0.01, 0.99)
 _MEDIAN = (0.5, 0.5)
+_ROUNDING = 1e-6
+"""Of a norm in float32, relative to it."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,9 @@ def norm_bounds(table: Tensor, rule: NormRule) -> tuple[float, float] | None:
 
 def hold_norms(vectors: Tensor, bounds: tuple[float, float]) -> None:
     """Scale each of `vectors` (n, d) whose norm is outside of `bounds` to the nearer one, in place; others keep their
-    bits. One that is zero has no direction and stays."""
+    bits, and so does one that is off by no more than what rounding makes, so that it is scaled once. One that is zero
+    has no direction and stays."""
     norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     wanted = norms.clamp(*bounds)
-    factors = torch.where((norms == wanted) | (norms == 0), 1.0, wanted / norms)
-    vectors.mul_(factors)
+    stays = ((norms - wanted).abs() <= _ROUNDING * wanted) | (norms == 0)
+    vectors.mul_(torch.where(stays, 1.0, wanted / norms))

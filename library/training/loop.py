@@ -81,6 +81,13 @@ class Learner:
         """A context in which the weights are those to look at and to save; afterwards they are as before."""
         return self.rounded.evaluating(self.built) if self.rounded else self.built.evaluating()
 
+    def freeze(self, parameters: Sequence[torch.Tensor]) -> None:
+        """These are trained no more: what goes on being trained sees them as files hold them."""
+        if self.rounded:
+            self.rounded.freeze(self.built, parameters)
+        else:
+            self.built.freeze(parameters)
+
 
 @dataclass(frozen=True)
 class _Made:
@@ -239,10 +246,9 @@ class Loop:
             freeze()
             if before == (trainable.trains_text_encoder, trainable.frozen_groups):
                 continue
-            if self.learner.rounded is None:
-                groups = zip(trainable.descriptions, trainable.groups, strict=True)
-                frozen = [group["params"] for name, group in groups if name in trainable.frozen_groups - before[1]]
-                self.learner.built.freeze([parameter for some in frozen for parameter in some])
+            groups = zip(trainable.descriptions, trainable.groups, strict=True)
+            frozen = [group["params"] for name, group in groups if name in trainable.frozen_groups - before[1]]
+            self.learner.freeze([parameter for some in frozen for parameter in some])
             say(f"{what} trained no more, after step {steps}")
         if trained and not trainable.trains_text_encoder:
             memo, device = settings.text_memo_bytes, self.processes.device

@@ -123,6 +123,20 @@ class RoundedParameters:
             with torch.no_grad():
                 torch._foreach_copy_(self._parameters, kept)
 
+    @torch.no_grad()
+    def freeze(self, built: BuiltOptimizer, parameters: Sequence[torch.Tensor]) -> None:
+        """As `BuiltOptimizer.freeze`, of 16-bit parameters: what is shown of them, rounded to the nearest."""
+        pairs = [
+            pair for pair in zip(self._parameters, self.masters, strict=True) if any(pair[0] is p for p in parameters)
+        ]
+        with self.evaluating(built):
+            shown = [parameter.detach().clone() for parameter, _ in pairs]
+        for (parameter, master), values in zip(pairs, shown, strict=True):
+            parameter.copy_(values)
+            master.copy_(values)
+            if "z" in (state := built.optimizer.state.get(master, {})):
+                state["z"].copy_(values)
+
     def _write(self, flat: torch.Tensor) -> None:
         parts = flat.split([parameter.numel() for parameter in self._parameters])
         shaped = [part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)]

@@ -70,7 +70,7 @@ class Saver:
 
     def _write(self, products: Sequence[Product], updates_done: int) -> list[Path]:
         """Write all files of a save under temporary names and read them back; then rename them, so that files which
-        belong together are all new, or all old. Returns their paths."""
+        belong together are all new, or all old, unless the run is killed between two renames. Returns their paths."""
         paths = [self.output_dir / product.name for product in products]
         temporaries = [path.with_name(f".{path.stem}.writing{path.suffix}") for path in paths]
         try:

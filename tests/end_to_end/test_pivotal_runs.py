@@ -107,10 +107,15 @@ def test_resumed_before_and_after_the_vectors_are_frozen(
 
 
 def test_frozen_vectors_stay_so_in_longer_runs(tiny_sd1: Path, pictures: Path, tmp_path: Path) -> None:
-    """Also of optimizers that train other weights than those that files hold."""
-    flags = (*LORA, *UNET, "--optimizer_type", "AdamWScheduleFree", "--ti_train_steps_ratio", "0.5", *STATES)
+    """Also of optimizers that train other weights than those that files hold, whose norms are kept in files, too."""
+    rules = ("--optimizer_type", "AdamWScheduleFree", "--embedding_norm", "median", "--ti_train_steps_ratio", "0.5")
+    flags = (*LORA, *UNET, *rules, *STATES)
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    assert train_both(tiny_sd1, pictures, first, *flags, "--max_train_steps", "4") == 0
+    with watched_models() as found:
+        assert train_both(tiny_sd1, pictures, first, *flags, "--max_train_steps", "4") == 0
+    median = found[0].tables[0].double().norm(dim=1).median().item()
+    norms = load_file(first / "run-blorp.safetensors")["emb_params"].double().norm(dim=1)
+    assert norms.tolist() == pytest.approx([median] * COUNTS[0], rel=1e-5)
     for before, step, output, total in ((first, 3, second, 7), (second, 5, third, 9)):
         longer = ("--max_train_steps", total, "--resume_schedule", "keep")
         state = before / f"run-step{step:08d}-state"
@@ -120,6 +125,22 @@ def test_frozen_vectors_stay_so_in_longer_runs(tiny_sd1: Path, pictures: Path, t
         seen = {bits for name, bits in trained.items() if name.startswith("embedding.")}
         assert seen == {bits for held in vectors(output).values() for bits in held.values()}
     assert tensors(third / "run.safetensors") != tensors(second / "run.safetensors")
+
+
+def test_another_ratio_freezes_no_earlier_and_thaws_if_it_says_so(
+    wholes: Wholes, tiny_sd1: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = "sd1, U-Net"
+    whole, _ = wholes(case)
+    for ratio, same in (("0.25", True), ("1", False)):
+        output, state = tmp_path / ratio, whole / "run-step00000003-state"
+        more = ("--ti_train_steps_ratio", ratio, "--resume", state)
+        assert train_both(tiny_sd1, pictures, output, *line(case), *more) == 0
+        assert (vectors(output) == vectors(whole)) == same
+        told = capfd.readouterr().err
+        assert ("the new tokens' vectors are trained no more, after step 2" in told) == same
+        manifest = json.loads((output / "run-state/manifest.json").read_text())
+        assert manifest["frozen"] == ({"ti_train_steps_ratio": 2} if same else {})
 
 
 def test_rates_of_their_own_and_a_bundle_of_both(wholes: Wholes) -> None:

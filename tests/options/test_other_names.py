@@ -360,3 +360,23 @@ def test_a_value_that_makes_no_sense_is_told_under_the_name_that_was_typed(place
     (line,) = wrong(place, "--only_save_embeds", "yes")
     assert line.startswith("--only_save_embeds: takes no value, but 'yes' follows")
     assert wrong(place, "--num_vectors", "x") == ["--num_vectors: 'x': wanted: whole numbers"]
+
+
+def test_defaults_of_a_name_that_lost_do_not_count(place: Path) -> None:
+    file = place / "c.toml"
+    file.write_text('trigger_term = "blorptoken"\n')
+    words = ("--config_file", str(file), "--resolution", "64", "--caption_prefix", "zorbtoken")
+    options = embedding(place, *words, "--token_string", "zorbtoken")
+    assert options.embeddings.token_string == ("zorbtoken",) and options.dataset.dataset_repeats == 1
+    assert not [line for line in options.notices if "taken for granted" in line]
+    (line,) = [line for line in embedding(place, *words).notices if "taken for granted" in line]
+    assert "--trigger_term" in line
+
+
+def test_templates_of_the_command_line_win_over_those_of_a_preset(place: Path) -> None:
+    options = mine(place, "--preset", "embedding-object", "--caption_templates", "my {} there")
+    assert options.dataset.caption_templates == ("my {} there",) and options.dataset.caption_preset is None
+    file = place / "c.toml"
+    file.write_text('caption_templates = ["a {} here"]\n')
+    options = mine(place, "--config_file", str(file), "--use_style_template")
+    assert options.dataset.caption_preset == "style" and not options.dataset.caption_templates

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from library.data.caches import npz
 from tests.pictures import make_pictures
@@ -68,6 +69,26 @@ def test_cache_verify_and_start_again(
     assert "7 files wanted: 7 good" in capsys.readouterr().out
     assert main(flags) == 0
     assert files(data, ending) == made
+
+
+def test_texts_of_a_run_with_embeddings(tmp_path: Path, data: Path, flags: list[str]) -> None:
+    """What the tool makes for frozen embeddings is what a training with them takes."""
+    from train_network import main as train
+
+    rows = np.random.default_rng(1).standard_normal((2, 32)).astype(np.float32)
+    save_file({"emb_params": rows}, tmp_path / "thing.safetensors")
+    for text in data.glob("*.txt"):
+        text.write_text("a thingtoken\n")
+    base = ["--base_embeddings", f"thingtoken={tmp_path / 'thing.safetensors'}"]
+    assert tool("cache_text_encoder_outputs")([*flags, *base]) == 0
+    made = files(data, "_te_outputs.npz")
+    assert len(made) == 7
+    network = ["--network_module", "networks.lora", "--network_train_unet_only", "--max_train_steps", "1"]
+    more = ["--output_dir", str(tmp_path / "out"), "--cache_text_encoder_outputs_to_disk"]
+    assert train([*flags, *base, *network, *more]) == 0
+    assert files(data, "_te_outputs.npz") == made
+    assert train([*flags, *network, *more]) == 0
+    assert all(made[name] != changed for name, changed in files(data, "_te_outputs.npz").items())
 
 
 def test_latents_verified_and_pruned(data: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,6 +190,28 @@ def test_looking_at_schedule_free_weights_changes_no_bit(name: str) -> None:
     assert all(torch.equal(one, two) for one, two in zip(kept, problem.parameters, strict=True))
 
 
+@pytest.mark.parametrize("name", [info.name for info in OPTIMIZERS if info.schedule_free])
+def test_frozen_weights_are_what_was_shown_from_then_on(name: str) -> None:
+    problem = Problem(name)
+    rounded, built = _rounded(problem, name, torch.bfloat16)
+    for number in range(10):
+        _update(problem, rounded, built, number)
+    frozen, other = problem.parameters[:2]
+    kept = other.detach().clone()
+    with rounded.evaluating(built):
+        shown = frozen.detach().clone()
+    assert not torch.equal(frozen, shown)
+    rounded.freeze(built, [frozen])
+    frozen.requires_grad_(False)
+    assert torch.equal(other, kept)
+    for number in range(10, 13):
+        _update(problem, rounded, built, number)
+        assert torch.equal(frozen, shown)
+        with rounded.evaluating(built):
+            assert torch.equal(frozen, shown)
+    assert not torch.equal(other, kept)
+
+
 def test_a_type_of_32_bits_is_refused() -> None:
     with pytest.raises(ValueError, match="no 16-bit type"):
         RoundedParameters([], torch.float32, SEED, CPU)

@@ -325,7 +325,9 @@ def test_names_of_files() -> None:
 def test_tokens_in_names_of_files() -> None:
     assert file_bases("run", ["<cat>"], alone=True) == ("run",)
     assert file_bases("run", ["<cat>"], alone=False) == ("run-cat",)
-    assert file_bases("run", ["000002", "step9"], alone=False) == ("run-token-000002", "run-token-step9")
+    assert file_bases("run", ["000002", "step9", "Best-x"], alone=False) == (
+        *("run-token-000002", "run-token-step9", "run-token-Best-x"),
+    )
     assert file_bases("run", ["<cat>", "CAT", "a/b:c", "???"], alone=True) == (
         "run-cat",
         "run-CAT-2",
