@@ -54,6 +54,21 @@ def test_words_are_told_before_anything_is_loaded_and_at_the_end(
     assert "write run-blorp" in texts["usage_a1111"] and "write embedding:run-blorp" in texts["usage_comfyui"]
 
 
+def test_previews_without_the_word_and_starts_behind_its_training_are_told(
+    tiny_sd1: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ends = ("--dry_run", "--max_train_steps", 4, "--ti_train_steps_ratio", 0.5)
+    looks = ("--sample_every_n_steps", 2, "--preview_prompts", "a cat")
+    without = "no prompt of the previews holds blorp or zorbik: they won't show what the vectors learn"
+    late = "--initial_step: the vectors are trained in the first 2 of 4 steps, so that they never are"
+    for more, expected in (
+        ((*looks, "--initial_step", 2), {without, late}),
+        ((*looks, "a Blorp", "--initial_step", 1), set()),
+    ):
+        assert train_both(tiny_sd1, pictures, tmp_path / "out", *LORA, *ends, *more) == 0
+        assert set(capfd.readouterr().err.splitlines()) & {without, late} == expected
+
+
 def test_a_run_that_was_stopped_says_how_to_go_on_alone_and_its_state_has_the_vectors(
     tiny_sd1: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
