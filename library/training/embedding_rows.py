@@ -5,8 +5,8 @@ trained, and what the optimizer keeps for them. Imports no torch.
 from collections.abc import Iterator
 from math import prod
 
-from library.options.embedding_checks import starts
 from library.training.embedding_plan import EmbeddingPlan, PlannedToken
+from library.training.embedding_words import counted, start_text
 from library.training.expected import vector_shapes
 from library.training.memory_demand import vector_state
 from library.training.prepare import Prepared
@@ -25,27 +25,15 @@ def embedding_lines(prepared: Prepared) -> Iterator[str]:
     for place, one in enumerate(plan.trained):
         numbers = one.token.vectors * sum(prepared.model.text_widths)
         size = numbers * BYTES[prepared.options.output.save_precision]
-        start = _start(prepared, place)
+        start = start_text(prepared.options, place, resumed=prepared.resume is not None)
         yield f"embedding {_held(prepared, one)}, {numbers:,} numbers, {size:,} bytes in a file, {start}"
     if plan.trains:
         yield from _training(prepared, plan)
 
 
 def _held(prepared: Prepared, one: PlannedToken) -> str:
-    vectors = one.token.vectors
     encoders = " and ".join(encoder.part for encoder in prepared.model.family.text_encoders)
-    return f"{one.token.text}: {vectors} vector{'s' if vectors > 1 else ''} for {encoders}"
-
-
-def _start(prepared: Prepared, place: int) -> str:
-    """What the vectors of the trained token at `place` are before the first step."""
-    if prepared.resume is not None:
-        return "going on from the state"
-    given = starts(prepared.options, place)
-    if not given:
-        return "starting from drawn numbers, spread like the vocabulary"
-    (start,) = given.values()
-    return f"{'each ' if 'init_word' in given else ''}starting from {start}"
+    return f"{counted(one.token)} for {encoders}"
 
 
 def _training(prepared: Prepared, plan: EmbeddingPlan) -> Iterator[str]:

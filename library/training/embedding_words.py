@@ -22,18 +22,21 @@ def start_lines(options: Options, plan: EmbeddingPlan, use: TokenUse | None, *, 
         resumed: the run goes on from a state, which has the vectors.
     """
     for one in plan.base:
-        yield f"{_counted(one.token)}, frozen, from {one.file}{_held(one.token, use)}"
+        yield f"{counted(one.token)}, frozen, from {one.file}{_held(one.token, use)}"
     for place, one in enumerate(plan.trained):
-        start = "going on from the state" if resumed else _start(options, place)
-        yield f"{_counted(one.token)}, {start}{_held(one.token, use)}"
+        start = start_text(options, place, resumed=resumed)
+        yield f"{counted(one.token)}, {start}{_held(one.token, use)}"
 
 
-def _counted(token: NewToken) -> str:
+def counted(token: NewToken) -> str:
+    """A token and the number of its vectors."""
     return f"{token.text}: {token.vectors} vector{'s' if token.vectors > 1 else ''}"
 
 
-def _start(options: Options, place: int) -> str:
+def start_text(options: Options, place: int, *, resumed: bool) -> str:
     """What the vectors of the trained token at `place` are before the first step."""
+    if resumed:
+        return "going on from the state"
     start = next(iter(starts(options, place).values()), None)
     if start is None:
         return "starting from drawn numbers"

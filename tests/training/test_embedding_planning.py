@@ -193,11 +193,11 @@ def test_a_dry_run_tells_of_each_token(prepared: Prepare, capsys: pytest.Capture
     width = run.model.text_widths[0]
     out = said(run, capsys)
     assert f"embedding mycat: 2 vectors for text_encoder, {2 * width:,} numbers, {8 * width:,} bytes in a file" in out
-    assert " in a file, each starting from cat\n" in out
+    assert " in a file, starting from 'cat'\n" in out
     assert f"optimizer state of the vectors: {2 * width * 8:,} bytes ({2 * width:,} numbers)\n" in out
     assert "Network" not in out and "cat.pt" in out and "cat.safetensors" in out
     out = said(prepared("--token_string", "mycat", "--initial_phrase", "a red cat"), capsys)
-    assert "embedding mycat: 3 vectors" in out and " file, starting from a red cat\n" in out
+    assert "embedding mycat: 3 vectors" in out and " file, starting from 'a red cat'\n" in out
     file = tmp_path / "start.safetensors"
     save_file({"emb_params": torch.ones(2, width)}, file)
     out = said(prepared("--token_string", "mycat", "--weights", file, "--base_embeddings", f"blorp={file}"), capsys)
