@@ -78,6 +78,17 @@ def test_damage_never_gives_other_numbers_when_checked(tmp_path: Path, data: st.
         assert found[name].tobytes() == held[name].tobytes() or found[name].dtype != held[name].dtype
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_damaged_kind_of_numbers_is_unreadable(tmp_path: Path, checked: bool) -> None:
+    path = tmp_path / "a.npz"
+    npz.write(path, {"latents": np.zeros((3, 4), np.float32)})
+    whole = path.read_bytes()
+    assert whole.count(b"<f4") == 1
+    path.write_bytes(whole.replace(b"<f4", b"<f5"))
+    with pytest.raises(npz.UNREADABLE):
+        npz.read(path, checked=checked)
+
+
 def test_what_is_read_may_be_changed(tmp_path: Path) -> None:
     npz.write(tmp_path / "a.npz", {"a": np.zeros(5, np.float32)})
     found = npz.read(tmp_path / "a.npz")["a"]

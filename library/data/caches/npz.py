@@ -186,7 +186,10 @@ def _layout(text: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
     match = _PLAIN.fullmatch(text)
     if match is None:
         raise _OtherKindError
-    dtype = np.dtype(match[1].decode())
+    try:
+        dtype = np.dtype(match[1].decode())
+    except TypeError as error:
+        raise _OtherKindError from error
     shape = tuple(int(side) for side in match[2].split(b",") if side)
     if not dtype.isnative or not dtype.itemsize:
         raise _OtherKindError
