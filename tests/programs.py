@@ -1,12 +1,14 @@
 """Runs the scripts as a user does: real processes, one thread, no network."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_network.py"
@@ -16,6 +18,17 @@ def environment(**extra: str) -> dict[str, str]:
     """This process's environment, with the checkout importable."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "PYTEST_"))}
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def tool(name: str) -> Callable[..., int]:
+    """The `main` of a script in tools/, to be run in this process."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    main: Callable[..., int] = module.main
+    return main
 
 
 def run_script(*arguments: object, timeout: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:

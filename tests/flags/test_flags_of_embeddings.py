@@ -2,7 +2,6 @@
 that hold them. Values are compared with the base model's own table, read from its file.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTokenizer
 
-from library.conditioning import Conditioning
-from library.models.sd1 import SD1
 from library.options.templates import OBJECT, STYLE
 from tests.flags.effects import Ran, Runs, WordRuns, equal, observes, part
 
@@ -41,20 +38,6 @@ def vectors(ran: Ran, name: str = "x.safetensors") -> Array:
 
 def norms(values: Array) -> Array:
     return np.linalg.norm(values.astype(np.float64), axis=1)
-
-
-@pytest.fixture
-def captions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The captions that a run under watch encodes, one after the other."""
-    seen: list[str] = []
-    encode = SD1.encode_prompts
-
-    def watched(self: SD1, texts: Sequence[str]) -> Conditioning:
-        seen.extend(texts)
-        return encode(self, texts)
-
-    monkeypatch.setattr(SD1, "encode_prompts", watched)
-    return seen
 
 
 @observes("token_string", "num_vectors_per_token")

@@ -14,9 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from library.conditioning import Conditioning
 from library.data.loader import Batch, Loader
-from library.models.sd1 import SD1
 from library.options.templates import OBJECT, STYLE
 from tests.flags.effects import Ran, Runs, WordRuns, equal, observes_names, same
 from tests.flags.test_flags_of_embeddings import rows, vectors
@@ -45,20 +43,6 @@ def bare(words: WordRuns, *line: str, data: str = "@/flat", model: str = "pretra
         place.mkdir()
     paths = (f"--{model}", str(words.models("sd1")), "--train_data_dir", data)
     return words.fresh(*paths, *line, without=tuple(words.usual("sd1")))
-
-
-@pytest.fixture
-def captions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The captions that a run under watch encodes, one after the other."""
-    seen: list[str] = []
-    encode = SD1.encode_prompts
-
-    def watched(self: SD1, texts: Sequence[str]) -> Conditioning:
-        seen.extend(texts)
-        return encode(self, texts)
-
-    monkeypatch.setattr(SD1, "encode_prompts", watched)
-    return seen
 
 
 def steps(ran: Ran) -> list[dict[str, float]]:

@@ -1,13 +1,11 @@
 """The tools that cache, verify and prune: with a real model, as a user runs them."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,7 @@ from safetensors.numpy import save_file
 
 from library.data.caches import npz
 from tests.pictures import make_pictures
-from tests.programs import ROOT, environment
-
-Tool = Callable[..., int]
-
-
-def tool(name: str) -> Tool:
-    """The `main` of a script."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+from tests.programs import ROOT, environment, tool
 
 
 @pytest.fixture

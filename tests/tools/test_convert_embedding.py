@@ -1,12 +1,10 @@
 """tools/convert_embedding.py: no number changes on the way from any layout to any other, into a LoRA's file and out."""
 
-import importlib.util
 import subprocess
 import sys
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from library.weights.embeddings import read_embedding, write_embedding
 from library.weights.files import read_metadata
 from library.weights.hashes import lora_hashes
 from library.weights.save import save_lora
-from tests.programs import ROOT, environment
+from tests.programs import ROOT, environment, tool
 
 SCRIPT = ROOT / "tools/convert_embedding.py"
 L = torch.arange(24, dtype=torch.float32).reshape(3, 8) / 7 - 1
@@ -44,12 +42,7 @@ LORA_METADATA = {
 
 def convert(*words: object) -> int:
     """The tool's `main`."""
-    spec = importlib.util.spec_from_file_location("convert_embedding", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(word) for word in words])
+    return tool("convert_embedding")([str(word) for word in words])
 
 
 def lora(path: Path, width: int = 8) -> dict[str, Tensor]:

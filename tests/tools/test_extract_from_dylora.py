@@ -1,6 +1,5 @@
 """tools/extract_lora_from_dylora.py: every file computes what the training computed with so many ranks."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from networks import dylora, lora
 from networks.lora_args import LoraArgs
 from networks.lora_layers import RandomContext
 from tests.networks.tiny_families import fill, forward, load_text_encoder, load_unet
-from tests.programs import ROOT, environment
+from tests.programs import ROOT, environment, tool
 
 SCRIPT = ROOT / "tools/extract_lora_from_dylora.py"
 METADATA = {
@@ -37,12 +36,7 @@ METADATA = {
 
 def extract(*words: object) -> int:
     """The tool's `main`."""
-    spec = importlib.util.spec_from_file_location("extract_lora_from_dylora", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(word) for word in words])
+    return tool("extract_lora_from_dylora")([str(word) for word in words])
 
 
 @pytest.fixture
