@@ -98,6 +98,21 @@ def history(folder: Path) -> list[dict[str, str]]:
     return [{name: value for name, value in row.items() if not name.startswith("_")} for row in named]
 
 
+@pytest.mark.parametrize(
+    ("script", "given", "name"),
+    [
+        ("train_network", None, "network_train"),
+        ("train_textual_inversion", None, "textual_inversion"),
+        ("train_textual_inversion", "mine", "mine"),
+    ],
+)
+def test_trackers_call_a_run_by_its_script(script: str, given: str | None, name: str, tmp_path: Path) -> None:
+    tracked = options(tmp_path, logging_dir=tmp_path / "logs", log_tracker_name=given)
+    log_some(tracked.model_copy(update={"script": script}), tmp_path)
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert "loss/current" in scalars(folder / name)
+
+
 def test_nothing_but_the_log_where_nothing_is_asked_for(tmp_path: Path) -> None:
     log_some(options(tmp_path), tmp_path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cat.log.jsonl"]
