@@ -110,11 +110,12 @@ def needs_strength(plan: Plan) -> bool:
 def strength_problems(options: Options, plan: Plan) -> Iterator[Problem]:
     """LyCORIS' DoRA has no strength between none and all, vectors of embeddings have none at all."""
     if options.network.network_module is None:
-        if needs_strength(plan):
-            wrong = (
-                "vectors act wholly or not at all, so that there is no network_multiplier or diff_output_preservation"
-            )
-            yield Problem("dataset file", wrong, "leave it out")
+        specs = [dataset.spec for dataset in plan.datasets]
+        found = {spec.where: "network_multiplier" for spec in specs if spec.network_multiplier != 1}
+        for subset in (subset for spec in specs for subset in spec.subsets if subset.custom_attributes.get(PRESERVE)):
+            found[subset.where] = PRESERVE
+        for where, key in found.items():
+            yield Problem(where, f"{key} changes a network's strength, and vectors have none", "leave it out")
         return
     decomposed = options.network_arguments().get("dora_wd", "False").lower() not in ("false", "0", "none")
     foreign = not options.network.network_module.startswith("networks.")

@@ -264,7 +264,7 @@ def test_a_picture_that_only_decoding_shows_as_damaged(
     said = capsys.readouterr().err
     assert "picture05.png: can't be decoded" in said
     assert "start again with --skip_bad_images" in said
-    assert "the work up to step" in said
+    assert "the work up to step" in said and "start from its files (--network_weights, --weights)" in said
     assert len(list((tmp_path / "output").glob("x-step*.safetensors"))) == 1
     assert main([*line, "--dry_run"]) == 2
     assert "picture05.png" in capsys.readouterr().err

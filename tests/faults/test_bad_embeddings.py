@@ -188,6 +188,28 @@ EITHER = [
 ]
 
 
+def data_file(job: Job, dataset: str = "", subset: str = "") -> Path:
+    """The job's pictures by a dataset file: once plain, and once with further lines."""
+    (folder,) = (job.folder / "pictures").iterdir()
+    file = job.folder / "data.toml"
+    table = f'[[datasets.subsets]]\nimage_dir = "{folder}"\n'
+    start = "[[datasets]]\nresolution = 64\n"
+    file.write_text(f"{start}{table}{start}{dataset}{table}{subset}")
+    del job.options["--train_data_dir"]
+    job.put("--dataset_config", file)
+    return file
+
+
+def a_strength_of_vectors(job: Job) -> list[str]:
+    file = data_file(job, dataset="network_multiplier = 0.5\n")
+    return [f"{file}:", "network_multiplier changes a network's strength, and vectors have none; leave it out"]
+
+
+def what_vectors_change_preserved(job: Job) -> list[str]:
+    file = data_file(job, subset="custom_attributes = {diff_output_preservation = true}\n")
+    return [f"{file}:", "diff_output_preservation changes a network's strength, and vectors have none; leave it out"]
+
+
 def no_token(job: Job) -> list[str]:
     for flag in ("--token_string", "--init_word", "--use_object_template"):
         del job.options[flag]
@@ -213,7 +235,8 @@ def no_part_of_the_network(job: Job) -> list[str]:
 
 CASES = [
     *((ALONE if number % 2 else PIVOTAL, case) for number, case in enumerate(EITHER)),
-    *((ALONE, case) for case in (no_token, nothing_left_to_train)),
+    *((ALONE, case) for case in (no_token, nothing_left_to_train, a_strength_of_vectors)),
+    (ALONE, what_vectors_change_preserved),
     *((PIVOTAL, case) for case in (vectors_in_16_bits, no_part_of_the_network)),
 ]
 
