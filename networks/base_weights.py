@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from library.weights.loras.keys import read_lora
+from library.weights.loras.modules import lycoris_kind
 from networks import foreign
 from networks.lora import create_network_from_weights
-from networks.lora_file import lycoris_kind
-from networks.lora_keys import read_lora
 
 
 def merge_base_weights(

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from library.models.lora_targets import LoraTarget
+from library.weights.loras.modules import magnitude_shape
 from networks.lora_args import LoraArgs
-from networks.lora_file import magnitude_shape
 from networks.lora_layers import LoraLayer, RandomContext
 from networks.lora_math import compute_dtype
 from networks.norms import row_squares

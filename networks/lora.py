@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models.families import UnetBlocks, unet_blocks_of, unet_key_of
 from library.models.lora_targets import LoraTarget, targets
+from library.weights.loras.keys import Spellings, modules_of, read_lora, spellings
+from library.weights.loras.modules import FileModule, fit, fit_magnitudes
 from library.weights.save import save_lora
 from networks import norms
 from networks.attached import loaded
@@ -22,8 +24,6 @@ from networks.blocks import shaped
 from networks.dora import DoraLayer
 from networks.groups import optimizer_groups
 from networks.lora_args import LoraArgs, parse
-from networks.lora_file import FileModule, fit, fit_magnitudes
-from networks.lora_keys import Spellings, modules_of, read_lora, spellings
 from networks.lora_layers import LoraLayer, RandomContext
 
 

@@ -14,10 +14,10 @@ from library.models.families import UnetBlocks
 from library.models.info import ModelInfo
 from library.models.lora_targets import LoraTarget, Shape, targets
 from library.options.modules import read_settings
+from library.weights.loras.header import header_modules
+from library.weights.loras.modules import magnitude_shape
 from networks.blocks import block_index, block_weights, owner, shaped
 from networks.lora_args import LoraArgs, parse
-from networks.lora_file import magnitude_shape
-from networks.lora_header import header_modules
 from networks.oft_targets import oft_targets
 
 _OFT_ALPHA = 1e-3

@@ -20,7 +20,7 @@ BELOW = {
     "options": set(),
     "data": {"options"},
     "models": {"options"},
-    "weights": {"options"},
+    "weights": {"options", "models"},
     "training": {"options", "data", "models", "weights", "networks"},
     "networks": {"options", "data", "models", "weights"},
 }
@@ -54,7 +54,7 @@ PLANNING = [
     "library.models.lora_targets",
     "networks.planned",
     "networks.blocks",
-    "networks.lora_header",
+    "library.weights.loras.header",
     "library.weights.model_hash",
     "library.training.prepare",
     "library.training.learning_rates",

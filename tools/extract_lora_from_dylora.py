@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from networks.lora_file import FileModule
+    from library.weights.loras.modules import FileModule
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
 OURS, LYCORIS = "networks.dylora", "lycoris.kohya"
@@ -67,8 +67,8 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     from library.console import say, warn
     from library.errors import UserError
     from library.weights.files import read_metadata, read_tensors
+    from library.weights.loras.modules import group
     from library.weights.save import save_lora
-    from networks.lora_file import group
 
     if save_to.suffix not in ENDINGS:
         raise UserError.single(f"--save_to {save_to}", "has no known ending", f"use {' or '.join(ENDINGS)}")

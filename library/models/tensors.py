@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -25,6 +27,14 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+}
+_PLAIN_DTYPES = _DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -133,6 +143,46 @@ def fill(
             os.close(descriptor)
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
+
+
+class Reader:
+    """Reads tensors of files one by one, each into memory of its own; files stay open until the `with` block ends.
+
+    Any thread may read.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def read(self, source: Source) -> torch.Tensor:
+        """A tensor as it is stored (its own dtype), cut and turned as `source` says; contiguous.
+
+        Raises:
+            UserError: of a type that torch doesn't have, or the file became shorter.
+        """
+        stored = _PLAIN_DTYPES.get(source.entry.dtype)
+        if stored is None:
+            wrong = f"its tensor {source.name} is of type {source.entry.dtype}"
+            raise UserError.single(str(source.path), wrong, "use a file in fp32, fp16 or bf16")
+        start, end = source.span
+        raw = torch.empty(end - start, dtype=torch.uint8)
+        _read(self._descriptor(source.path), start, raw, str(source.path))
+        return source.arrange(raw.view(stored)).reshape(source.shape).contiguous()
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
 
 
 class _Scratch(threading.local):

@@ -17,9 +17,9 @@ from library.options.specs import PRESERVE
 from library.training.learning_rates import learning_rates
 from library.training.prepare_data import Collector, Data
 from library.training.start_weights import check_base_weights, check_lora
+from library.weights.loras.modules import refuse_embedding
 from networks.blocks import block_notices, block_problems
 from networks.lora_args import parse as parse_lora
-from networks.lora_file import refuse_embedding
 from networks.oft_targets import oft_targets
 from networks.oft_targets import problems as oft_problems
 from networks.planned import all_targets

@@ -7,10 +7,10 @@ from library.errors import Problem, UserError
 from library.models.info import ModelInfo
 from library.options import Options
 from library.options.modules import LYCORIS, find_module
+from library.weights.loras.header import header_modules, lycoris_modules
+from library.weights.loras.modules import FileModule, fit, fit_magnitudes
 from networks.blocks import shaped
 from networks.lora_args import LoraArgs
-from networks.lora_file import FileModule, fit, fit_magnitudes
-from networks.lora_header import header_modules, lycoris_modules
 from networks.planned import all_targets
 
 _FAMILY = "use a LoRA of the same model family"

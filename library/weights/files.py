@@ -7,8 +7,9 @@ tensors and metadata give the same file, byte for byte, and the hashes need no s
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -96,12 +97,17 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Length and JSON header of a `.safetensors` file, padded to 8 bytes; metadata stands in its own order."""
+    ordered = ((name, tensors[name]) for name in tensor_order(tensors))
+    return header_of(((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered), metadata)
+
+
+def header_of(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The same for tensors that aren't there yet: names, dtypes and shapes in the order of their data."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name in tensor_order(tensors):
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+    for name, dtype, shape in tensors:
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "backslashreplace")
     text += b" " * (-len(text) % 8)

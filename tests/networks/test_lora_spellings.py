@@ -170,7 +170,7 @@ def test_files_of_other_kinds_are_named(
 
 @pytest.mark.parametrize(("width", "title"), [(768, "SD1"), (1024, "SD2"), (32, "")])
 def test_the_familys_name_comes_from_the_config(width: int, title: str) -> None:
-    from networks.lora_keys import spellings
+    from library.weights.loras.keys import spellings
 
     assert spellings([], {"cross_attention_dim": width}).title == title
     assert spellings([], {"cross_attention_dim": width, "addition_embed_type": "text_time"}).title == "SDXL"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError
 from library.models.families import SD1, SD2, SDXL, diffusers_key, unet_key_of
 from library.models.lora_targets import LoraTarget
-from networks.lora_file import FileModule, group
+from library.weights.loras.modules import FileModule, group
 
 if TYPE_CHECKING:
     from torch import Tensor

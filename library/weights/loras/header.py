@@ -8,8 +8,8 @@ from typing import Any, cast
 from library.models.info import ModelInfo
 from library.models.lora_targets import targets
 from library.models.pickles import read_weights
-from networks.lora_file import FileModule, lycoris_kind
-from networks.lora_keys import modules_of, spellings
+from library.weights.loras.keys import modules_of, spellings
+from library.weights.loras.modules import FileModule, lycoris_kind
 
 
 @dataclass(frozen=True)
