@@ -12,7 +12,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from PIL import ImageOps
 
 from library import console
 from library.data.ahead import ahead
+from library.data.copies import pictures_in, same_stem, sidecars, write_copy
 from library.data.faces import Face, name_with
 from library.data.pixels import Pixels, decoded, resize
 from library.data.records import ImageRecord
@@ -38,7 +39,6 @@ SCORE = 0.8
 LOOKED_AT = 1024
 """Longer side in pixels at which faces are looked for; larger pictures are shrunk to it."""
 SMALLEST = 24
-NOT_COPIED = (".npz", ".safetensors")
 JPEG_QUALITY = 95
 
 Detect = Callable[[Pixels], list[Face]]
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     detector(arguments.model)
-    pictures = list(_pictures(arguments.src, arguments.dst, arguments.recursive))
+    pictures = list(pictures_in(arguments.src, arguments.dst, arguments.recursive))
     if not pictures:
         raise UserError.single(str(arguments.src), "no pictures there", "with --recursive, inner folders count too")
     look = partial(look_at, finder=_PerThread(arguments.model), min_size=arguments.min_size, padding=arguments.padding)
@@ -148,14 +148,6 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append(Problem("--threads", f"{arguments.threads} isn't 1 or more"))
     if problems:
         raise UserError(problems)
-
-
-def _pictures(src: Path, dst: Path, recursive: bool) -> Iterator[Path]:
-    """The pictures of a folder by name, without those that this tool wrote into it."""
-    written = dst.resolve()
-    for path in sorted(src.rglob("*") if recursive else src.iterdir()):
-        if path.suffix.lower() in EXTENSIONS and path.is_file() and written not in path.resolve().parents:
-            yield path
 
 
 class _PerThread:
@@ -260,28 +252,15 @@ def copy(found: Found, arguments: argparse.Namespace) -> Copied:
     for new in stems:
         target = arguments.dst / inner / f"{new}{found.path.suffix}"
         jobs.append((partial(_upright_bytes, found), target))
-        jobs += [(path.read_bytes, target.with_name(new + path.name[len(stem) :])) for path in _sidecars(found.path)]
+        jobs += [(path.read_bytes, target.with_name(new + path.name[len(stem) :])) for path in sidecars(found.path)]
         if arguments.mask_dir is not None:
-            masks = _same_stem(arguments.mask_dir / inner, stem)
+            masks = same_stem(arguments.mask_dir / inner, stem)
             folder = arguments.mask_dst / inner
             jobs += [
                 (path.read_bytes, folder / f"{new}{path.suffix}") for path in masks if path.suffix.lower() in EXTENSIONS
             ]
-    states = [_write(content, target, arguments.overwrite) for content, target in jobs]
+    states = [write_copy(content, target, arguments.overwrite) for content, target in jobs]
     return Copied(states.count(True), states.count(False))
-
-
-def _same_stem(folder: Path, stem: str) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.stem == stem) if folder.is_dir() else []
-
-
-def _sidecars(picture: Path) -> list[Path]:
-    """Files beside a picture that bear its name, such as captions; other pictures and caches are no part of it."""
-    return [
-        path
-        for path in _same_stem(picture.parent, picture.stem)
-        if path.suffix.lower() not in (*EXTENSIONS, *NOT_COPIED) and path.is_file()
-    ]
 
 
 def _upright_bytes(found: Found) -> bytes:
@@ -298,27 +277,6 @@ def _upright_bytes(found: Found) -> bytes:
         exif = upright.getexif()
         upright.save(target, format=kind, exif=exif, **({"icc_profile": colours} if colours else {}), **how)
     return target.getvalue()
-
-
-def _write(content: Callable[[], bytes], target: Path, overwrite: bool) -> bool:
-    """Write a file under a temporary name and rename it; False if it is there already and stays.
-
-    Raises:
-        UserError: it can't be read or written.
-    """
-    if target.exists() and not overwrite:
-        return False
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError.single(str(target), f"can't be written ({error.strerror or error})") from error
-    return True
 
 
 if __name__ == "__main__":
