@@ -127,7 +127,7 @@ def write_config(path: Path, options: Options) -> Path:
     for name, flag in flags_of_script(options.script).items():
         value = options.value(name)
         if name in options.explicit and name not in _NEVER_WRITTEN and not flag.secret and value != flag.default:
-            lines.append(f"{name} = {_toml(name, written(value))}\n")
+            lines.append(f"{name} = {toml_value(name, written(value))}\n")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -141,12 +141,12 @@ def write_config(path: Path, options: Options) -> Path:
     return path
 
 
-def _toml(name: str, value: Any) -> str:
+def toml_value(name: str, value: Any) -> str:
     """A value as TOML; a size as the text that sd-scripts reads."""
     if name == "resolution":
         return f'"{value[0]},{value[1]}"'
     if isinstance(value, list):
-        return "[" + ", ".join(_toml("", item) for item in value) + "]"
+        return "[" + ", ".join(toml_value("", item) for item in value) + "]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)
