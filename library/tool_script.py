@@ -16,13 +16,16 @@ PRECISIONS = {"float": "float32", "fp32": "float32", "fp16": "float16", "bf16": 
 
 
 def run(work: Callable[[], object]) -> int:
-    """Do a tool's work. Returns the exit code: 0; 2 after one line for each thing that is wrong with the input; 130
-    after Ctrl-C."""
+    """Do a tool's work. Returns the exit code: 0; 2 after one line for each thing that is wrong with the input, or for
+    what the system refuses, such as a full disk; 130 after Ctrl-C. What `work` returns doesn't count."""
     prepare_streams()
     try:
         work()
     except UserError as fault:
         return complain(fault)
+    except OSError as fault:
+        error(f"{fault.filename}: {fault.strerror}" if fault.filename and fault.strerror else str(fault))
+        return 2
     except KeyboardInterrupt:
         error("interrupted; nothing half-written is left")
         return INTERRUPTED

@@ -3,11 +3,14 @@ rank. LoCon with a Tucker core, LoHa and LoKr are products of small matrices, so
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from library.weights.loras.lora import Module
+from library.weights.loras.lycoris import Kind, kind_of, made_of
+from library.weights.loras.names import kernel_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Factors:
     Attributes:
         up: (out, r); down: (r, in * kernel), both of one dtype; a scale is not in them.
         shape: of the weight: (out, in) or (out, in, k, k).
-        scale: alpha / rank of the file's own module.
+        scale: alpha / rank of the file's own module; its width may be greater than that rank (LoHa, LoKr).
     """
 
     up: Tensor
@@ -38,15 +41,44 @@ class Factors:
 def factors(module: Module, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Factors | None:
     """The exact factors of a module in `dtype`; None where it has none (whole matrices, norms, IA3, OFT ...).
 
-    Of a DoRA these are the factors of its direction; `dora_scale` is not in them.
+    Of a DoRA these are the factors of its direction; `dora_scale` is not in them. LoHa and LoKr don't say whether they
+    are on a convolution: there the module's name does.
     """
-    down, up = module.leaves.get("lora_down.weight"), module.leaves.get("lora_up.weight")
-    if down is None or up is None:
+    made = made_of(module.leaves, dtype, device)
+    if made is None:
         return None
-    rank = down.shape[0]
-    scale = 1.0 if module.alpha is None else module.alpha / rank
-    flat = [tensor.to(device=device, dtype=dtype).flatten(1) for tensor in (up, down)]
-    return Factors(flat[0], flat[1], (up.shape[0], *down.shape[1:]), scale)
+    up, down, shape, rank = made
+    kernel = kernel_of(module.name) if len(shape) == 2 and "lora_down.weight" not in module.leaves else ()
+    if kernel and shape[1] % prod(kernel) == 0:
+        shape = (shape[0], shape[1] // prod(kernel), *kernel)
+    scale = 1.0 if module.alpha is None or rank is None else module.alpha / rank
+    return Factors(up, down, shape, scale)
+
+
+def delta(module: Module, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor | None:
+    """What a module adds to the weight, in the weight's shape: of what has factors, of whole matrices (`diff`) and of
+    norms (`w_norm`); None of what depends on the weight itself (DoRA, IA3, OFT, GLoRA). Biases are not in it.
+    """
+    match kind(module):
+        case "full" | "norm":
+            whole = module.leaves.get("diff", module.leaves.get("w_norm"))
+            return None if whole is None else whole.to(device=device, dtype=dtype)
+        case "dora":
+            return None
+    found = factors(module, dtype, device)
+    return None if found is None else found.product()
+
+
+def kind(module: Module) -> Kind:
+    """What a module is, by its leaves.
+
+    Raises:
+        ValueError: they are no module's, which `lora.read` refuses.
+    """
+    found = kind_of(module.leaves)
+    if found is None:
+        raise ValueError(f"{module.name} has leaves of no known kind: {', '.join(module.leaves)}")
+    return found
 
 
 def as_leaves(found: Factors, dtype: torch.dtype) -> dict[str, Tensor]:

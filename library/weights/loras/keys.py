@@ -5,7 +5,6 @@ U-Net blocks are spelled as diffusers or as the original layout spells them, the
 Imports no torch.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from library.errors import UserError
 from library.models.families import SD1, SD2, SDXL, diffusers_key, unet_key_of
 from library.models.lora_targets import LoraTarget
 from library.weights.loras.modules import FileModule, group
+from library.weights.loras.peft import settings_of, underscored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +28,6 @@ _STRANGERS = {
     "SD3": re.compile(r"(lora_unet_|diffusion_model\.)joint_blocks"),
     "a transformer model such as Flux or SD3": re.compile(r"(transformer|diffusion_model|lora_transformer)[._]"),
 }
-_PEFT = re.compile(
-    r"(unet|text_encoder|text_encoder_2)\.(.+?)\."
-    r"(?:(lora_A|lora\.down|lora_linear_layer\.down)\.weight|(lora_B|lora\.up|lora_linear_layer\.up)\.weight"
-    r"|(lora_magnitude_vector)(?:\.weight)?|alpha)"
-)
-_PEFT_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-_PEFT_LEAVES = ("lora_down.weight", "lora_up.weight", "dora_scale")
-_PEFT_SETTINGS = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
@@ -80,14 +72,14 @@ def read_lora(file: str | Path) -> "dict[str, Tensor]":
 
     path = Path(file)
     tensors = read_tensors(path)
-    if not any(_PEFT.fullmatch(key) for key in tensors):
-        return tensors
     metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
-    try:
-        settings = json.loads(metadata.get(_PEFT_SETTINGS, "{}"))
-    except ValueError as error:
-        raise UserError.single(str(path), f"its metadata {_PEFT_SETTINGS} are no JSON", "save it again") from error
-    return _from_peft(tensors, settings)
+    return underscored(tensors, settings_of(metadata, path))
+
+
+def stranger(keys: Iterable[str]) -> str | None:
+    """The model that a file with these keys is made for, if it is none of ours; None of any other."""
+    names = list(keys)
+    return next((title for title, found in _STRANGERS.items() if any(map(found.match, names))), None)
 
 
 def modules_of(tensors: "Mapping[str, Tensor]", known: Spellings, source: str | Path) -> dict[str, FileModule]:
@@ -95,10 +87,9 @@ def modules_of(tensors: "Mapping[str, Tensor]", known: Spellings, source: str | 
 
     Raises UserError if the file is no LoRA, is of another family, spells blocks in both ways or holds a module twice.
     """
-    tensors = _from_peft(tensors, {})
-    for title, keys in _STRANGERS.items():
-        if any(keys.match(key) for key in tensors):
-            raise _other_family(title, known, source)
+    tensors = underscored(tensors, {})
+    if title := stranger(tensors):
+        raise _other_family(title, known, source)
     original, diffusers = (next(filter(kind.match, tensors), None) for kind in (_ORIGINAL, _DIFFUSERS))
     if original and diffusers:
         raise UserError.single(
@@ -132,39 +123,3 @@ def _made_for(modules: Mapping[str, FileModule]) -> str | None:
     if not any(name.startswith(("lora_unet_", "lora_te1_")) for name in modules):
         contexts = {module.down.shape[1] for name, module in modules.items() if name.endswith("self_attn_k_proj")}
     return _BY_CONTEXT.get(contexts.pop()) if len(contexts) == 1 else None
-
-
-def _from_peft(tensors: "Mapping[str, Tensor]", settings: Mapping[str, Any]) -> "dict[str, Tensor]":
-    """Keys of peft and diffusers as those of other LoRA files; other keys as they are.
-
-    `settings` are the adapter's. Without its alpha the product of the factors counts as it is.
-    """
-    found: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        match = _PEFT.fullmatch(key)
-        if match is None:
-            found[key] = tensor
-            continue
-        part, path, down, up, magnitude = match.groups()
-        if part != "unet":
-            path = "text_model." + path.removeprefix("text_model.")
-        name = _PEFT_PREFIXES[part] + diffusers_key(path)
-        leaf = next(
-            (leaf for found_one, leaf in zip((down, up, magnitude), _PEFT_LEAVES, strict=True) if found_one), "alpha"
-        )
-        found[f"{name}.{leaf}"] = tensor.reshape((-1, *(1,) * max(tensor.ndim - 1, 1))) if magnitude else tensor
-        alpha = _peft_alpha(settings, part, match[2]) if down else None
-        if alpha is not None:
-            root = tensor.shape[0] ** 0.5 if settings.get(f"{part}.use_rslora") else 1.0
-            import torch
-
-            found.setdefault(f"{name}.alpha", torch.tensor(float(alpha) * root))
-    return found
-
-
-def _peft_alpha(settings: Mapping[str, Any], part: str, path: str) -> float | None:
-    for ending, alpha in (settings.get(f"{part}.alpha_pattern") or {}).items():
-        if path == ending or path.endswith(f".{ending}"):
-            return float(alpha)
-    alpha = settings.get(f"{part}.lora_alpha")
-    return None if alpha is None else float(alpha)

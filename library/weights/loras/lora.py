@@ -4,6 +4,8 @@
 in another. What a module means as numbers is in `forms`.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +15,41 @@ import torch
 from torch import Tensor
 
 from library.embedding_layouts import is_bundled
-from library.errors import UserError
-from library.models.families import diffusers_key
+from library.errors import Problem, UserError
+from library.models.families import SD1, SD2, SDXL, Family, diffusers_key
+from library.models.headers import Header
+from library.models.pickles import read_weights
 from library.models.sgm_names import sgm_key
-from library.weights.files import read_metadata
-from library.weights.loras.keys import read_lora
-from library.weights.loras.modules import refuse_embedding
+from library.weights.check import BadWeightsError
+from library.weights.files import read_metadata, read_tensors
+from library.weights.loras.keys import stranger
+from library.weights.loras.lycoris import kind_of, missing
+from library.weights.loras.modules import refuse_base_model, refuse_embedding
 from library.weights.loras.names import diffusers_path, dotted
+from library.weights.loras.peft import (
+    SETTINGS,
+    Plain,
+    as_older_diffusers,
+    as_peft,
+    is_dotted,
+    is_older,
+    settings_of,
+    underscored,
+)
 from library.weights.save import save_lora
+
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
+_FACTORS = {"lora_down.weight", "lora_up.weight"}
+_EXACT = ("tucker", "loha", "lokr")
+_MODULE = re.compile(r"(lora_unet|lora_te[12]?|lycoris|oft_unet)_\w")
+_TEXT = re.compile(r"lora_te([12]?)_")
+_DIFFUSERS_BLOCKS = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks)_")
+_ORIGINAL_BLOCKS = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_")
+_SDXL_CONTEXT = 2048
+_SDXL_ONLY = re.compile(
+    r"lora_unet_(input_blocks|middle_block|output_blocks|label_emb|add_embedding)_|up_blocks_0_attentions_"
+    r"|transformer_blocks_[1-9]_"
+)
 
 Layout = Literal["kohya", "kohya-diffusers", "peft", "diffusers"]
 """`kohya`: underscored names, SDXL's blocks in the original spelling; `kohya-diffusers`: the same with the blocks of
@@ -79,63 +108,215 @@ def read(path: str | Path) -> Lora:
         UserError: no file, damaged, no LoRA, a base model, an embedding, or a module that lacks a factor.
     """
     path = Path(path)
-    tensors = read_lora(path)
+    if path.is_file():
+        _refuse_others(read_weights(path, str(path)), path)
+    raw = read_tensors(path)
     metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
-    refuse_embedding({key: tuple(tensor.shape) for key, tensor in tensors.items()}, path)
+    tensors = underscored(raw, settings_of(metadata, path))
     rest = {key: tensor for key, tensor in tensors.items() if is_bundled(key)}
-    leaves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key not in rest:
-            name, _, leaf = key.partition(".")
-            leaves.setdefault(name, {})[leaf] = tensor
+    leaves = _leaves(tensors, path)
     if not leaves:
         raise UserError.single(str(path), "holds no LoRA", "give a LoRA file")
-    sdxl = _is_sdxl(leaves, metadata)
-    modules = {}
+    layout = _layout(raw)
+    sdxl = _is_sdxl(leaves, metadata, layout)
+    modules: dict[str, Module] = {}
+    problems = []
     for name, found in leaves.items():
-        alpha = found.pop("alpha", None)
         ours = _canonical(name, sdxl=sdxl)
-        modules[ours] = Module(ours, found, None if alpha is None else float(alpha))
-    return Lora(path, _layout(path, leaves), modules, metadata, rest)
+        if ours in modules:
+            problems.append(Problem(str(path), f"it holds {ours} twice, also as {name}", "the file is damaged"))
+        elif wrong := _wrong(name, found):
+            problems.append(Problem(str(path), wrong, "the file is incomplete or damaged"))
+        else:
+            alpha = found.pop("alpha", None)
+            modules[ours] = Module(ours, found, None if alpha is None else float(alpha))
+    if problems:
+        more = len(problems) - 1
+        first = problems[0]
+        raise UserError.single(first.where, first.wrong + (f" (and {more} more)" if more else ""), first.advice)
+    if layout == "kohya" and sdxl and any(_DIFFUSERS_BLOCKS.match(name) for name in leaves):
+        layout = "kohya-diffusers"
+    return Lora(path, layout, modules, metadata, rest)
 
 
-def _is_sdxl(names: Mapping[str, object], metadata: Mapping[str, str]) -> bool:
+def family_of(lora: Lora) -> Family | None:
+    """The family of base models that a file is made for: by its names, its sizes or its metadata; None if none tells.
+
+    Sizes tell of full-size models only.
+    """
+    version = lora.metadata.get("ss_base_model_version", "")
+    if any(name.startswith("lora_te2_") or _ORIGINAL_BLOCKS.match(name) for name in lora.modules):
+        return SDXL
+    for start, family in (("sdxl", SDXL), ("sd_v2", SD2), ("sd_v1", SD1)):
+        if version.startswith(start):
+            return family
+    widths = {
+        int(down.shape[1])
+        for name, module in lora.modules.items()
+        if name.endswith(("attn2_to_k", "self_attn_k_proj"))
+        and (down := module.leaves.get("lora_down.weight", module.leaves.get("hada_w1_b"))) is not None
+    }
+    return {768: SD1, 1024: SD2, 2048: SDXL}.get(max(widths, default=0))
+
+
+def _refuse_others(header: Header, path: Path) -> None:
+    """Raises UserError if a file's header alone tells that it is no LoRA of ours."""
+    refuse_base_model(header.entries, path)
+    refuse_embedding({key: entry.shape for key, entry in header.entries.items()}, path)
+    if title := stranger(header.entries):
+        raise UserError.single(str(path), f"is made for {title}", "give a LoRA for SD1, SD2 or SDXL")
+    for key in header.entries:
+        if not (is_bundled(key) or _MODULE.match(key) or is_dotted(key)):
+            raise UserError.single(str(path), f"{key} is not a key of a LoRA", "give a LoRA file")
+
+
+def _leaves(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of modules by module and leaf. Raises UserError if one is no module's."""
+    leaves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if not is_bundled(key):
+            name, _, leaf = key.partition(".")
+            known = _MODULE.match(name) and (leaf == "alpha" or kind_of({leaf: None}))
+            if not known:
+                raise UserError.single(str(path), f"{key} is not a key of a LoRA", "give a LoRA file")
+            leaves.setdefault(name, {})[leaf] = tensor
+    return leaves
+
+
+def _wrong(name: str, leaves: Mapping[str, Tensor]) -> str | None:
+    """What keeps a module from being used, as messages say it."""
+    own = {leaf: tensor for leaf, tensor in leaves.items() if leaf != "alpha"}
+    lacks = missing(own)
+    if lacks is not None:
+        return f"{name} lacks {lacks}"
+    alpha = leaves.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        return f"{name}.alpha is {alpha.numel()} numbers"
+    down, up = leaves.get("lora_down.weight"), leaves.get("lora_up.weight")
+    if down is None or up is None:
+        return None
+    ranks = (down.shape[0] if down.ndim else 0, up.shape[1] if up.ndim > 1 else 0)
+    if "lora_mid.weight" not in leaves and (ranks[0] != ranks[1] or not ranks[0]):
+        return f"{name} has factors that don't fit: {tuple(up.shape)} and {tuple(down.shape)}"
+    return None
+
+
+def _is_sdxl(names: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], layout: Layout) -> bool:
     if version := metadata.get("ss_base_model_version"):
         return version.startswith("sdxl")
-    return any("te2_" in name or "transformer_blocks_1_" in name or "_blocks_4_1_" in name for name in names)
+    if any(name.startswith("lora_te2_") or _SDXL_ONLY.search(name) for name in names):
+        return True
+    if "stable-diffusion-xl" in metadata.get("modelspec.architecture", ""):
+        return True
+    if not any(name.startswith("lora_unet_") for name in names):
+        return layout == "kohya" and any(name.startswith("lora_te1_") for name in names)
+    downs = [one.get("lora_down.weight") for name, one in names.items() if name.endswith(("attn2_to_k", "attn2_to_v"))]
+    return any(down is not None and down.shape[1] == _SDXL_CONTEXT for down in downs)
 
 
 def _canonical(name: str, *, sdxl: bool) -> str:
-    if name.startswith("lora_te1_") and not sdxl:
-        return name.replace("lora_te1_", "lora_te_", 1)
+    if name.startswith("lycoris_") and _DIFFUSERS_BLOCKS.match(f"lora_unet_{name.removeprefix('lycoris_')}"):
+        name = f"lora_unet_{name.removeprefix('lycoris_')}"
+    if found := _TEXT.match(name):
+        number = found[1] or ("1" if sdxl else "")
+        number = "" if number == "1" and not sdxl else number
+        level = "" if name[found.end() :].startswith(("text_model_", "text_projection")) else "text_model_"
+        return f"lora_te{number}_{level}{name[found.end() :]}"
     if not sdxl or not name.startswith("lora_unet_"):
         return name
-    path = diffusers_path(dotted(name.removeprefix("lora_unet_")))
-    return f"lora_unet_{sgm_key(path)}"
+    try:
+        return f"lora_unet_{sgm_key(diffusers_path(dotted(name.removeprefix('lora_unet_'))))}"
+    except (ValueError, KeyError):
+        return name
 
 
-def _layout(path: Path, names: Mapping[str, object]) -> Layout:
-    return "kohya-diffusers" if any(name.startswith("lora_unet_down_blocks") for name in names) else "kohya"
+def _layout(raw: Mapping[str, Tensor]) -> Layout:
+    if not any(map(is_dotted, raw)):
+        return "kohya"
+    return "diffusers" if any(map(is_older, raw)) else "peft"
 
 
 def write(lora: Lora, path: Path, *, layout: Layout | None = None, dtype: torch.dtype | None = None) -> None:
     """Write a LoRA file whole or not at all, with its hashes made anew (library.weights.save.save_lora).
+
+    In the layout `peft` alphas stand in the metadata; `diffusers` has no place for them, so alpha / rank goes into the
+    up-factors there. Metadata that only the other layouts have are left out.
 
     Args:
         layout: None keeps `lora.layout`.
         dtype: of all factors; None keeps each tensor's. Alphas are float32.
 
     Raises:
-        UserError: the layout can't hold a module (LyCORIS kinds in peft's), or the path has no known ending.
+        UserError: the layout can't hold a module (LyCORIS kinds in peft's) or a bundled embedding, a number is not
+            finite (in `dtype`), or the path has no known ending.
     """
     chosen = layout or lora.layout
-    found = dict(lora.rest)
-    for name, module in lora.modules.items():
-        for leaf, tensor in module.leaves.items():
-            found[f"{_spelled(name, chosen)}.{leaf}"] = tensor.contiguous() if dtype is None else tensor.to(dtype)
-        if module.alpha is not None:
-            found[f"{_spelled(name, chosen)}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
-    save_lora(found, path, lora.metadata)
+    if path.suffix not in ENDINGS:
+        *first, last = ENDINGS
+        raise UserError.single(str(path), "has no known ending", f"use {', '.join(first)} or {last}")
+    metadata = {key: value for key, value in lora.metadata.items() if key != SETTINGS}
+    tensors: dict[str, Tensor] = {}
+    if chosen in ("kohya", "kohya-diffusers"):
+        tensors |= lora.rest
+        for name, module in lora.modules.items():
+            key = _spelled(name, chosen)
+            tensors |= {f"{key}.{leaf}": _cast(tensor, dtype) for leaf, tensor in module.leaves.items()}
+            if module.alpha is not None:
+                tensors[f"{key}.alpha"] = torch.tensor(module.alpha, dtype=torch.float32)
+    else:
+        refuse_layout(lora, chosen)
+        plain = [_plain(module, dtype) for module in lora.modules.values()]
+        if chosen == "peft":
+            tensors, settings = as_peft(plain, lora.path)
+            metadata[SETTINGS] = json.dumps(settings, indent=2, sort_keys=True)
+            if path.suffix != ".safetensors" and any(one.alpha != one.down.shape[0] for one in plain):
+                wrong = "has no metadata, in which the layout peft keeps alphas"
+                raise UserError.single(str(path), wrong, "write a .safetensors file, or the layout diffusers")
+        else:
+            tensors = as_older_diffusers(plain, lora.path, lambda up, scale: (up.double() * scale).to(up.dtype))
+    try:
+        save_lora({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    except BadWeightsError as error:
+        advice = "the numbers don't fit into that dtype, use bf16 or float" if dtype else f"{lora.path} is damaged"
+        raise UserError.single(str(path), str(error).partition(": ")[2] or str(error), advice) from error
+
+
+def refuse_layout(lora: Lora, layout: Layout) -> None:
+    """Raises UserError with everything that a layout has no place for."""
+    if layout in ("kohya", "kohya-diffusers"):
+        return
+    where, kohya = str(lora.path), "keep it in the layout kohya"
+    problems = []
+    strange = [module for module in lora.modules.values() if module.leaves.keys() - {"dora_scale"} != _FACTORS]
+    if strange:
+        wrong = f"{len(strange)} modules are no plain LoRA, e.g. {strange[0].name} ({kind_of(strange[0].leaves)})"
+        able = all(kind_of(module.leaves) in _EXACT for module in strange)
+        advice = "make them plain: python tools/convert_lora.py --as_lora" if able else kohya
+        problems.append(Problem(where, f"{wrong}, and the layout {layout} has no keys for them", advice))
+    if odd := next((m for m in lora.modules.values() if not _weighs_outputs(m)), None):
+        wrong = f"{odd.name} is a DoRA that weighs inputs, which the layout {layout} has no keys for"
+        problems.append(Problem(where, wrong, kohya))
+    if lora.rest:
+        advice = f"take it apart: python tools/convert_embedding.py --to separate {lora.path.name} FOLDER"
+        problems.append(Problem(where, f"has embeddings, for which the layout {layout} has no place", advice))
+    if problems:
+        raise UserError(problems)
+
+
+def _weighs_outputs(module: Module) -> bool:
+    size, up = module.leaves.get("dora_scale"), module.leaves.get("lora_up.weight")
+    return size is None or up is None or (size.numel() == up.shape[0] == size.shape[0])
+
+
+def _plain(module: Module, dtype: torch.dtype | None) -> Plain:
+    have = {leaf: _cast(tensor, dtype) for leaf, tensor in module.leaves.items()}
+    down = have["lora_down.weight"]
+    alpha = float(down.shape[0]) if module.alpha is None else module.alpha
+    return Plain(module.name, down, have["lora_up.weight"], alpha, have.get("dora_scale"))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _spelled(name: str, layout: Layout) -> str:

@@ -47,8 +47,7 @@ class FileModule:
 def group(tensors: "Mapping[str, Tensor]", source: str | Path) -> dict[str, FileModule]:
     """The modules of a file by name. Raises UserError if a key is no LoRA's, or a module lacks one of its factors."""
     leaves: dict[str, dict[str, Tensor]] = {}
-    if any(key.startswith(_BASE_MODEL) for key in tensors):
-        raise UserError.single(str(source), "is a base model, not a LoRA", "give a LoRA file")
+    refuse_base_model(tensors, source)
     refuse_embedding({key: tuple(tensor.shape) for key, tensor in tensors.items()}, source)
     for key, tensor in tensors.items():
         name, _, leaf = key.partition(".")
@@ -69,6 +68,12 @@ def group(tensors: "Mapping[str, Tensor]", source: str | Path) -> dict[str, File
         alpha = float(found["alpha"]) if "alpha" in found else float(down.shape[0])
         modules[name] = FileModule(down, found["lora_up.weight"], alpha, found.get("dora_scale"))
     return modules
+
+
+def refuse_base_model(keys: Iterable[str], source: str | Path) -> None:
+    """Raises UserError if a file with these keys is a base model's."""
+    if any(key.startswith(_BASE_MODEL) for key in keys):
+        raise UserError.single(str(source), "is a base model, not a LoRA", "give a LoRA file")
 
 
 def refuse_embedding(shapes: Mapping[str, tuple[int, ...]], source: str | Path) -> None:

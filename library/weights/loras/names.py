@@ -36,6 +36,19 @@ _ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+_3X3 = re.compile(
+    r".*_(conv[12]|in_layers_2|out_layers_3|conv_in|conv_out|input_blocks_0_0|out_2|input_blocks_\d+_0_op"
+    r"|(down|up)samplers_0_conv|output_blocks_\d+_[12]_conv)"
+)
+_1X1 = re.compile(r".*_(conv_shortcut|skip_connection)")
+
+
+def kernel_of(name: str) -> tuple[int, ...]:
+    """The window of a U-Net's convolution, by a module's name in a file; () of a Linear, and of `proj_in` and
+    `proj_out`, which are 1x1 convolutions in some models and Linear in others."""
+    if _3X3.fullmatch(name):
+        return (3, 3)
+    return (1, 1) if _1X1.fullmatch(name) else ()
 
 
 @lru_cache(maxsize=8192)
