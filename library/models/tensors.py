@@ -153,6 +153,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._files: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -170,19 +171,31 @@ class Reader:
         Raises:
             UserError: of a type that torch doesn't have, or the file became shorter.
         """
-        stored = _PLAIN_DTYPES.get(source.entry.dtype)
-        if stored is None:
-            wrong = f"its tensor {source.name} is of type {source.entry.dtype}"
-            raise UserError.single(str(source.path), wrong, "use a file in fp32, fp16 or bf16")
+        stored = torch_dtype(source.entry, source.name, source.path)
         start, end = source.span
         raw = torch.empty(end - start, dtype=torch.uint8)
         _read(self._descriptor(source.path), start, raw, str(source.path))
         return source.arrange(raw.view(stored)).reshape(source.shape).contiguous()
 
     def _descriptor(self, path: Path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return self._files[path]
+        with self._opening:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            return self._files[path]
+
+
+def torch_dtype(entry: Entry, name: str, path: Path) -> torch.dtype:
+    """The dtype of a stored tensor.
+
+    Raises:
+        UserError: torch has none for it.
+    """
+    found = _PLAIN_DTYPES.get(entry.dtype)
+    if found is None:
+        raise UserError.single(
+            str(path), f"its tensor {name} is of type {entry.dtype}", "use a file in fp32, fp16 or bf16"
+        )
+    return found
 
 
 class _Scratch(threading.local):

@@ -1,6 +1,7 @@
 """A base model on disk as a table of tensors: where each weight of its modules stands, in either layout.
 
-Nothing is read but headers; values come one by one through `models.tensors.Reader`.
+Nothing is read but headers; values come one by one through `models.tensors.Reader`. Unlike `models.inspect`, which
+wants all that a training needs, this takes a model without VAE or text encoders too.
 """
 
 from collections.abc import Mapping
@@ -8,16 +9,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from library.models.families import Family, Part
-from library.models.info import ModelInfo
-from library.models.inspect import inspect
+from library.errors import UserError
+from library.models import evidence, hub
+from library.models.bases import Base, open_base
+from library.models.families import Family, Part, TextPart
+from library.models.info import ModelInfo, PartInfo, Said
 from library.models.lora_targets import LoraTarget, targets
+from library.models.places import locate
+from library.models.single_configs import packaged
 from library.models.tensors import Source
+
+_SCALED = ("scaled_fp8", ".scale_weight", ".weight_scale")
+_NO_LAYERS = {"hidden_size": 0, "intermediate_size": 0, "num_hidden_layers": 0}
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model whose tensors are looked up by the module that they belong to."""
+    """A base model whose tensors are looked up by the module that they belong to.
+
+    `info.parts` holds the parts that are there; only the U-Net always is.
+    """
 
     info: ModelInfo
 
@@ -29,7 +40,8 @@ class BaseModel:
     @cached_property
     def targets(self) -> tuple[LoraTarget, ...]:
         """Every module that a LoRA may change, with the names that LoRA files have for it."""
-        configs = self.info.text_encoder_configs
+        parts = self.info.parts
+        configs = [parts[one.part].config if one.part in parts else _NO_LAYERS for one in self.family.text_encoders]
         return targets(self.info.unet_config, configs, conv=True, unet_key=self.family.unet_key)
 
     @cached_property
@@ -38,25 +50,80 @@ class BaseModel:
 
         A tensor of a file may hold several of them (OpenCLIP has q, k and v in one); `Source.rows` tells which rows.
         """
+        return {(part, name): source for part in self.info.parts for name, source in self.places_of(part).items()}
+
+    def places_of(self, part: Part) -> Mapping[str, Source]:
+        """The same for one part, by name alone; the others aren't looked at."""
         from library.models.parts import build, sources
 
-        found = {}
-        for part in self.family.parts:
-            module = build(self.info, part)
-            for source in sources(self.info, part, module):
-                found[part, source.target.removeprefix("text_model.")] = source
-        return found
+        if part not in self._by_part:
+            found = sources(self.info, part, build(self.info, part))
+            self._by_part[part] = {source.target.removeprefix("text_model."): source for source in found}
+        return self._by_part[part]
+
+    @cached_property
+    def _by_part(self) -> dict[Part, dict[str, Source]]:
+        return {}
 
     def weight_of(self, target: LoraTarget) -> Source:
         """Where the weight of a module stands. Raises KeyError if the model lacks it."""
         part: Part = "unet" if target.part == "unet" else self.family.text_encoders[target.encoder].part
-        return self.places[part, f"{target.path}.weight"]
+        return self.places_of(part)[f"{target.path}.weight"]
 
 
-def open_model(path: str | Path) -> BaseModel:
-    """Look at a base model: a file in the original layout (pickles too), or a diffusers folder.
+def open_model(path: str | Path, flag: str = "base model") -> BaseModel:
+    """Look at a base model: a file in the original layout (pickles too), a diffusers folder, or a hub id.
+
+    Args:
+        flag: how messages name it.
 
     Raises:
-        UserError: as `models.inspect.inspect`.
+        UserError: nothing there, damaged, not a base model of a known family, or in a quantized format.
     """
-    return BaseModel(inspect(path))
+    place = locate(str(path), flag, hub.base_files(None, set()))
+    base = open_base(place, None)
+    family = base.family
+    decision = evidence.decide(family, base.evidence(), Said(), place.name)
+    found: dict[Part, PartInfo] = {}
+    texts = {encoder.part: base.text_encoder(encoder) for encoder in family.text_encoders}
+    found["unet"] = base.unet(_projection(base, texts))
+    if (vae := base.vae()) is not None:
+        found["vae"] = vae
+    found |= {part: held for part, held in texts.items() if held is not None}
+    _refuse_scaled(found)
+    return BaseModel(
+        ModelInfo(
+            path=place.path,
+            name=place.name,
+            family_name=family.name,
+            layout=base.layout,
+            parts=found,
+            scheduler_config=base.scheduler_config(),
+            prediction_type=decision.prediction_type,
+            zero_terminal_snr=decision.zero_terminal_snr,
+            vae_factor=2 ** (len(vae.config.get("block_out_channels", (0,))) - 1) if vae else 8,
+            findings=tuple(decision.findings),
+        )
+    )
+
+
+def _projection(base: Base, texts: Mapping[TextPart, PartInfo | None]) -> int:
+    """The width of the pooled text that the U-Net takes; of the family's own encoder where the model has none."""
+    family = base.family
+    widths = []
+    for encoder in family.text_encoders:
+        if encoder.projects:
+            held = texts[encoder.part]
+            config = packaged(family.name, encoder.part) if held is None else held.config
+            widths.append(int(config.get("projection_dim", 512)))
+    return max(widths, default=0)
+
+
+def _refuse_scaled(parts: Mapping[Part, PartInfo]) -> None:
+    """Weights with a scale beside them are not the weights that they stand for."""
+    for name, part in parts.items():
+        for header in part.headers:
+            for tensor in header.entries:
+                if tensor.endswith(_SCALED) and tensor.startswith((part.prefix, _SCALED[0])):
+                    wrong = f"its {name} is in scaled fp8 (by its tensor {tensor}), whose values are not the weights"
+                    raise UserError.single(part.where, wrong, "use a file in fp32, fp16 or bf16")

@@ -1,0 +1,110 @@
+"""A diffusers folder copied with some of its weights written anew: made under another name, then renamed, so that it is
+there whole or not at all."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.errors import UserError
+from library.models import folder
+from library.models.families import Part
+from library.models.info import PartInfo
+from library.models.pickles import SUFFIXES
+
+_WEIGHTS = (".safetensors", *SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")
+_INDEX_MARK = ".index"
+_NAMES = {"pytorch_model": "model"}
+
+
+@dataclass(frozen=True)
+class NewFolder:
+    """The folder to come.
+
+    Attributes:
+        old: the folder that it is a copy of; new: where it is made.
+    """
+
+    old: Path
+    new: Path
+
+    def path_of(self, weights: Path) -> Path:
+        """Where the new weights of a file of the old folder belong: pickles get the name of a safetensors file."""
+        return self.new / weights.parent.relative_to(self.old) / _renamed(weights.name)
+
+
+def _renamed(name: str) -> str:
+    if name.endswith(".safetensors"):
+        return name
+    stem = name.rpartition(".")[0]
+    first, dot, rest = stem.partition(".")
+    base, dash, number = first.partition("-")
+    return f"{_NAMES.get(base, base)}{dash}{number}{dot}{rest}.safetensors"
+
+
+@contextmanager
+def replaced_folder(old: Path, save_to: Path, parts: Mapping[Part, PartInfo]) -> Iterator[NewFolder]:
+    """A copy of `old` that becomes `save_to` if the block ends without an error; the block writes the weights of
+    `parts`.
+
+    Of those parts' folders only configs are copied, not other variants of the same weights, which would be the old
+    ones; the same holds for single files beside `model_index.json`.
+
+    Raises:
+        UserError: `save_to` is there already, or lies within `old`.
+    """
+    check_new_folder(old, save_to)
+    save_to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{save_to.name}.", suffix=".tmp", dir=save_to.parent))
+    try:
+        new = NewFolder(old, temporary / save_to.name)
+        replaced = {old / part for part in parts}
+
+        def skipped(place: str, names: list[str]) -> set[str]:
+            folder_of = Path(place)
+            if folder_of == old:
+                return {name for name in names if name.endswith(_WEIGHTS) or name.startswith(".")}
+            if folder_of in replaced:
+                return {name for name in names if name.endswith(_WEIGHTS) or _INDEX_MARK in name}
+            return set()
+
+        shutil.copytree(old, new.new, ignore=skipped)
+        for part in parts:
+            _copy_index(old / part, new.new / part, part)
+        yield new
+        if save_to.is_dir():
+            save_to.rmdir()
+        new.new.rename(save_to)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(old: Path, save_to: Path) -> None:
+    """Refuse a place that a new folder can't be put to.
+
+    Raises:
+        UserError: so.
+    """
+    where = f"--save_to {save_to}"
+    if save_to.suffix in _WEIGHTS:
+        raise UserError.single(where, f"is the name of a file, but {old} is a folder", "give the name of a new folder")
+    if save_to.exists() and not (save_to.is_dir() and not any(save_to.iterdir())):
+        raise UserError.single(where, "is there already", "give the name of a new folder")
+    if old.resolve() in save_to.resolve().parents:
+        raise UserError.single(where, f"lies within {old}", "give the name of a folder elsewhere")
+
+
+def _copy_index(old: Path, new: Path, part: Part) -> None:
+    """The table of a part's shards, with their new names."""
+    names = {entry.name for entry in old.iterdir()}
+    chosen = folder.weight_file(names, part, None)
+    if chosen is None or not chosen.endswith(".json"):
+        return
+    table = folder.read_json(old / chosen, str(old))
+    table["weight_map"] = {name: _renamed(str(file)) for name, file in table["weight_map"].items()}
+    stem, _, tail = chosen.partition(".")
+    target = f"{_NAMES.get(stem, stem)}.{tail.replace('bin', 'safetensors', 1)}"
+    (new / target).write_text(json.dumps(table, indent=2, sort_keys=True), encoding="utf-8")
