@@ -25,12 +25,25 @@ _SCRIPTS = {
     "finetune/prepare_buckets_latents.py": "not needed: `--cache_latents_to_disk` with a metadata file does it; "
     "`tools/cache_latents.py` does it beforehand",
     "train_textual_inversion.py, sdxl_train_textual_inversion.py": "`train_textual_inversion.py`",
-    "networks/resize_lora.py, merge_lora.py, sdxl_merge_lora.py, extract_lora_from_models.py, svd_merge_lora.py, "
-    "merge_lora_old.py, lora_interrogator.py, check_lora_weights.py, convert_*.py": "not here yet",
-    "tools/convert_diffusers20_original_sd.py, merge_models.py, show_metadata.py, resize_images_to_resolution.py, "
-    "latent_upscaler.py, original_control_net.py": "not here yet",
-    "finetune/make_captions.py, make_captions_by_git.py, tag_images_by_wd14_tagger.py, merge_captions_to_metadata.py, "
-    "merge_dd_tags_to_metadata.py, clean_captions_and_tags.py": "not here yet",
+    "networks/resize_lora.py": "`tools/resize_lora.py`; the old path works, too",
+    "networks/merge_lora.py, networks/sdxl_merge_lora.py, networks/merge_lora_old.py": "`tools/merge_lora.py`",
+    "networks/svd_merge_lora.py": "`tools/merge_lora.py --svd`",
+    "networks/extract_lora_from_models.py": "`tools/extract_lora.py`",
+    "networks/check_lora_weights.py": "`tools/check_lora.py`",
+    "networks/convert_*_lora.py, tools/convert_*_lora*.py": "`tools/convert_lora.py`",
+    "networks/lora_interrogator.py": "not part of this project: `tools/show_metadata.py --trigger_words` tells what a "
+    "LoRA was trained on",
+    "tools/show_metadata.py": "`tools/show_metadata.py`",
+    "tools/merge_models.py": "`tools/merge_models.py`",
+    "tools/convert_diffusers20_original_sd.py": "`tools/convert_checkpoint.py`",
+    "tools/resize_images_to_resolution.py": "`tools/resize_images.py`",
+    "tools/latent_upscaler.py, tools/original_control_net.py": "not part of this project: they belong to drawing",
+    "finetune/make_captions.py": "`tools/caption_images.py`",
+    "finetune/make_captions_by_git.py": "`tools/caption_images.py --git`",
+    "finetune/tag_images_by_wd14_tagger.py": "`tools/tag_images.py`",
+    "finetune/merge_captions_to_metadata.py": "`tools/merge_captions_to_metadata.py`",
+    "finetune/merge_dd_tags_to_metadata.py": "`tools/merge_tags_to_metadata.py`",
+    "finetune/clean_captions_and_tags.py": "`tools/clean_captions.py`",
     "train_db.py, fine_tune.py, sdxl_train.py, train_controlnet.py, sdxl_train_control_net*.py, train_leco.py, "
     "gen_img.py, sdxl_gen_img.py, *_minimal_inference.py": "not part of this project: it trains networks "
     "and embeddings, not whole models, and draws only previews",
@@ -62,6 +75,11 @@ _REST = """
 - `--use_object_template` and `--use_style_template` are other names of `--caption_preset`; the templates are our own.
 - Beside the `.pt` file of an embedding there is always a `.safetensors` file with the same tensors and metadata.
 - Latents are the mean of the VAE's distribution, not one draw of it (`--latent_sampling sample` draws anew each time).
+- `merge_lora.py` counts a ratio once. sd-scripts' merge of two LoRAs multiplies both factors by it, so that users gave
+  square roots; and it adds factors, which mixes the LoRAs with each other. Here the product is exact.
+- `resize_lora.py` with `--dynamic_method` keeps exactly the rank that the criterion needs; `--legacy_rank` keeps one
+  more, as sd-scripts does. `resize_images.py` keeps width and height where they belong and makes every size from the
+  picture itself. `tag_images.py --tag_replacement` works.
 - Cached latents and text outputs know what they were made from; stale ones are made again.
 
 ## From diffusers and InvokeAI
