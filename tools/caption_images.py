@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from library.data.captioning.flags import add_outputs, add_reading
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,10 +38,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--caption_weights", metavar="MODEL", help="another name of --model_id; no .pth files")
     model.add_argument("--git", action="store_true", help="use a GIT model")
     model.add_argument("--device", metavar="NAME", help="(default: cuda where there is one, else cpu)")
-    model.add_argument("--batch_size", type=int, default=1, metavar="N")
-    model.add_argument(
-        "--max_data_loader_n_workers", type=int, metavar="N", help="threads that read pictures (default: one a core)"
-    )
+    add_reading(model)
     words = found.add_argument_group("words")
     words.add_argument("--beam_search", action="store_true", help="search for the likeliest caption, draw nothing")
     words.add_argument("--num_beams", type=int, default=1, metavar="N", help="of --beam_search (default: 1)")
@@ -52,22 +52,13 @@ def parser() -> argparse.ArgumentParser:
     )
     words.add_argument("--remove_words", action="store_true", help='leave out phrases like "with the words xyz"')
     words.add_argument("--seed", type=int, default=42, metavar="N", help="of what is drawn (default: 42)")
-    output = found.add_argument_group("output")
-    output.add_argument("--output_path", type=Path, metavar="FILE", help=".json or .jsonl for all captions")
-    output.add_argument(
-        "--relative_paths", action="store_true", help="with --output_path: name pictures within the folder"
-    )
-    output.add_argument("--caption_extension", "--caption_extention", default=".caption", metavar="EXT")
-    output.add_argument("--recursive", action="store_true", help="pictures of inner folders too")
-    output.add_argument("--overwrite", action="store_true", help="replace the captions that are there")
-    output.add_argument("--debug", action="store_true", help="say each picture's caption")
+    add_outputs(found, "captions", ".caption")
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     given = parser().parse_args(argv)
-    sys.path.insert(0, str(ROOT))
     from library.tool_script import run
 
     return run(lambda: caption(given))

@@ -10,7 +10,6 @@ and so is what a new file gets in its place. Pickles (.ckpt) are read without ru
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -135,6 +134,7 @@ def _check(given: argparse.Namespace) -> tuple[str | None, dict[str, str]]:
     """
     from library.console import say
     from library.errors import Problem, UserError
+    from library.weights.outputs import MODEL_ENDINGS, folder_problems, output_problems
 
     problems: list[Problem] = []
     chosen = {name for name in ("fp16", "bf16", "float") if getattr(given, name)} | {given.save_precision_as} - {None}
@@ -149,16 +149,9 @@ def _check(given: argparse.Namespace) -> tuple[str | None, dict[str, str]]:
         for flag in ("metadata", "epoch", "global_step"):
             if getattr(given, flag):
                 problems.append(Problem(f"--{flag}", "has no place in a folder", "leave it out, or write a file"))
-        if given.dst.exists() and (not given.dst.is_dir() or any(given.dst.iterdir())):
-            wrong = "is there already and isn't empty"
-            problems.append(Problem(f"dst {given.dst}", wrong, "choose another name, or remove it"))
-    elif given.dst.suffix != ".safetensors":
-        wrong = f"ends in {given.dst.suffix}"
-        problems.append(Problem(f"dst {given.dst}", wrong, "files are .safetensors; a folder's name has no ending"))
-    parent = next(one for one in given.dst.absolute().parents if one.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        wrong = f"can't be written, {parent} is no folder that you may write to"
-        problems.append(Problem(f"dst {given.dst}", wrong, "choose another place"))
+        problems += folder_problems(given.dst, "dst")
+    else:
+        problems += output_problems(given.dst, "dst", MODEL_ENDINGS)
     if given.variant is not None and not given.variant.isalnum():
         problems.append(Problem(f"--variant {given.variant}", "is no name of a variant", "such as fp16"))
     if problems:

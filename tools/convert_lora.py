@@ -11,7 +11,6 @@ them, and its numbers stay as they are, bit for bit, unless --save_precision, --
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from library.weights.loras.lora import Lora, Module
 
 _LAYOUTS = ("kohya", "kohya-diffusers", "peft", "diffusers")
-_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
 _LYCORIS = "lycoris.kohya"
 
 
@@ -99,18 +97,12 @@ def outputs(source: Path, output: Path, *, split: bool) -> list[Path]:
         UserError: there is no input, or the output's name or folder won't do.
     """
     from library.errors import Problem, UserError
+    from library.weights.outputs import LORA_ENDINGS, output_problems
 
     problems = []
     if not source.is_file():
         problems.append(Problem(str(source), "there is no such weight file"))
-    if output.suffix not in _ENDINGS:
-        *first, last = _ENDINGS
-        problems.append(Problem(str(output), "has no known ending", f"use {', '.join(first)} or {last}"))
-    if output.is_dir():
-        problems.append(Problem(str(output), "is a folder", "give the new file's name"))
-    folder = next(one for one in output.absolute().parents if one.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        problems.append(Problem(str(output), f"can't be written, as {folder} is no folder that you may write to"))
+    problems += output_problems(output, "OUT", LORA_ENDINGS)
     if problems:
         raise UserError(problems)
     return [output, output.with_name(f"{output.stem}.text_encoder{output.suffix}")] if split else [output]

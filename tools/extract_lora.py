@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from library.models.families import Family, PredictionType
     from library.weights.checkpoints.extraction import Extracted
 
-ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
 FAMILY_FLAGS = {"--v2": "sd2", "--sdxl": "sdxl"}
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 _WORST = 5
@@ -36,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--model_org", required=True, metavar="MODEL", help="the base: a file or a diffusers folder")
     add("--model_tuned", required=True, metavar="MODEL", help="the model that was trained from it")
-    add("--save_to", type=Path, required=True, metavar="FILE", help=f"the LoRA: {', '.join(ENDINGS)}")
+    add("--save_to", type=Path, required=True, metavar="FILE", help="the LoRA")
     add("--dim", type=int, default=4, help="rank of Linear and 1x1 modules (default: 4)")
     add("--conv_dim", type=int, help="rank of 3x3 convolutions, which are left out unless told (LoRA-C3Lier)")
     add("--dynamic_method", choices=METHODS, help="choose each module's rank; --dim and --conv_dim are the highest")
@@ -116,9 +115,9 @@ def work(given: argparse.Namespace) -> None:
 
 def _check(given: argparse.Namespace) -> None:
     from library.errors import Problem, UserError
-    from library.weights.outputs import output_problems
+    from library.weights.outputs import LORA_ENDINGS, output_problems
 
-    problems = list(output_problems(given.save_to, "--save_to", ENDINGS))
+    problems = list(output_problems(given.save_to, "--save_to", LORA_ENDINGS))
     if any(given.save_to.resolve() == Path(model).resolve() for model in (given.model_org, given.model_tuned)):
         problems.append(Problem(f"--save_to {given.save_to}", "is one of the models", "name a new file"))
     if Path(given.model_org).resolve() == Path(given.model_tuned).resolve():

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from library.weights.loras.modules import FileModule
 
-ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
 OURS, LYCORIS = "networks.dylora", "lycoris.kohya"
 _DEFAULT_UNITS = {OURS: 1, LYCORIS: 4}
 _ADVICE = "give a file that networks.dylora trained"
@@ -68,10 +67,11 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     from library.errors import UserError
     from library.weights.files import read_metadata, read_tensors
     from library.weights.loras.modules import group
+    from library.weights.outputs import LORA_ENDINGS, output_problems
     from library.weights.save import save_lora
 
-    if save_to.suffix not in ENDINGS:
-        raise UserError.single(f"--save_to {save_to}", "has no known ending", f"use {' or '.join(ENDINGS)}")
+    if problems := list(output_problems(save_to, "--save_to", LORA_ENDINGS)):
+        raise UserError(problems)
     modules = group(read_tensors(model), model)
     metadata = read_metadata(model) if model.suffix == ".safetensors" else {}
     if any(module.dora_scale is not None for module in modules.values()):

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from library.weights.loras.merging import Joined, Merged, Weighted
 
 T = TypeVar("T")
-ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
 LAYOUTS = ("kohya", "kohya-diffusers", "peft", "diffusers")
 DEFAULT_RANK = 4
 
@@ -120,6 +119,7 @@ def _check(given: argparse.Namespace) -> list[tuple[float, ...]]:
 
     from library.errors import Problem, UserError
     from library.weights.loras.block_weights import read_numbers
+    from library.weights.outputs import LORA_ENDINGS, MODEL_ENDINGS, output_problems
 
     found: list[Problem] = []
     count, into_model = len(given.models), given.sd_model is not None
@@ -143,11 +143,8 @@ def _check(given: argparse.Namespace) -> list[tuple[float, ...]]:
         ]
         if not given.sd_model.exists():
             found.append(Problem(f"--sd_model {given.sd_model}", "there is no such file or folder"))
-        if given.sd_model.is_file() and given.save_to.suffix != ".safetensors":
-            found.append(Problem(f"--save_to {given.save_to}", "is no .safetensors file", "models are written as such"))
-    elif given.save_to.suffix not in ENDINGS:
-        wrong = f"ends in {given.save_to.suffix}" if given.save_to.suffix else "has no ending"
-        found.append(Problem(f"--save_to {given.save_to}", wrong, f"use one of {', '.join(ENDINGS)}"))
+    if not into_model or given.sd_model.is_file():
+        found += output_problems(given.save_to, "--save_to", MODEL_ENDINGS if into_model else LORA_ENDINGS)
     if not into_model and given.unmerge and count < 2:
         found.append(Problem("--unmerge", "there is nothing to take away", "give --sd_model, or two files or more"))
     if not into_model and given.save_to.is_dir():

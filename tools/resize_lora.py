@@ -13,7 +13,6 @@ block had, has and kept. The output has the layout of the input; it may replace 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from library.weights.loras.ranks import Criterion, Method
     from library.weights.loras.resizing import Change, Limits
 
-ENDINGS = (".ckpt", ".pt", ".pth", ".safetensors")
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 RANK = 4
 MEGABYTE = 1_000_000
@@ -38,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--model", type=Path, required=True, metavar="FILE", help="the LoRA file")
-    found.add_argument("--save_to", type=Path, required=True, metavar="FILE", help=f"ends in {', '.join(ENDINGS)}")
+    found.add_argument("--save_to", type=Path, required=True, metavar="FILE", help="the new file")
     found.add_argument(
         "--new_rank", type=int, metavar="N", help=f"default {RANK}; with --target_size_mb only a limit if it is given"
     )
@@ -105,6 +103,7 @@ def work(given: argparse.Namespace) -> None:
 def _check(given: argparse.Namespace) -> None:
     from library.errors import Problem, UserError
     from library.models.pickles import read_weights
+    from library.weights.outputs import LORA_ENDINGS, output_problems
 
     problems = [
         Problem(f"{flag} {rank}", "is no rank", "give 1 or more")
@@ -112,15 +111,7 @@ def _check(given: argparse.Namespace) -> None:
         if rank is not None and rank < 1
     ]
     problems += _dynamic_problems(given)
-    there = next(folder for folder in given.save_to.absolute().parents if folder.exists())
-    if given.save_to.suffix not in ENDINGS:
-        wrong = f"ends in {given.save_to.suffix}" if given.save_to.suffix else "has no ending"
-        problems.append(Problem(f"--save_to {given.save_to}", wrong, f"use one of {', '.join(ENDINGS)}"))
-    elif given.save_to.is_dir():
-        problems.append(Problem(f"--save_to {given.save_to}", "is a folder", "give the name of the new file"))
-    elif not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        wrong = f"can't be written: {there} is {'not writable' if there.is_dir() else 'a file'}"
-        problems.append(Problem(f"--save_to {given.save_to}", wrong, "choose another folder"))
+    problems += output_problems(given.save_to, "--save_to", LORA_ENDINGS)
     try:
         read_weights(given.model, f"--model {given.model}")
     except UserError as fault:

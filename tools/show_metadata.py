@@ -97,6 +97,7 @@ def _check(given: argparse.Namespace) -> dict[str, str]:
     from library.errors import Problem, UserError
     from library.models.pickles import SUFFIXES
     from library.weights.edit_metadata import HASHES
+    from library.weights.outputs import MODEL_ENDINGS, output_problems
 
     wrong: list[Problem] = []
     path = given.file or given.model
@@ -127,10 +128,8 @@ def _check(given: argparse.Namespace) -> dict[str, str]:
     if writes and not changes:
         flag = "--in_place" if given.in_place else "--save_to"
         wrong.append(Problem(flag, "nothing is to be changed", "use it with --set, --remove or --strip"))
-    if given.save_to is not None and given.save_to.suffix != ".safetensors":
-        wrong.append(
-            Problem(f"--save_to {given.save_to}", "doesn't end in .safetensors", "only such files hold metadata")
-        )
+    if given.save_to is not None:
+        wrong += output_problems(given.save_to, "--save_to", MODEL_ENDINGS)
     if given.trigger_words is not None and (changes or given.parsed):
         wrong.append(Problem("--trigger_words", "shows words only", "use it without other work"))
     if given.trigger_words is not None and given.trigger_words < 0:

@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from library.data.captioning.flags import add_outputs, add_reading
+
 if TYPE_CHECKING:
     from library.data.captioning.tagger import Tagger
     from library.data.captioning.tags import Rules
@@ -36,22 +39,11 @@ def parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--force_download", action="store_true", help="download what is there already, too")
     model.add_argument("--onnx", action="store_true", help="nothing to do: taggers always run by onnxruntime")
-    model.add_argument("--batch_size", type=int, default=1, metavar="N")
-    model.add_argument(
-        "--max_data_loader_n_workers", type=int, metavar="N", help="threads that read pictures (default: one a core)"
-    )
-    output = found.add_argument_group("output")
-    output.add_argument("--output_path", type=Path, metavar="FILE", help=".json or .jsonl for all tags")
-    output.add_argument(
-        "--relative_paths", action="store_true", help="with --output_path: name pictures within the folder"
-    )
-    output.add_argument("--caption_extension", "--caption_extention", default=".txt", metavar="EXT")
-    output.add_argument("--caption_separator", default=", ", metavar="TEXT")
-    output.add_argument("--recursive", action="store_true", help="pictures of inner folders too")
+    add_reading(model)
+    output = add_outputs(found, "tags", ".txt")
+    output.add_argument("--caption_separator", default=", ", metavar="TEXT", help="between tags (default: ', ')")
     output.add_argument("--append_tags", action="store_true", help="add to the tags that are there")
-    output.add_argument("--overwrite", action="store_true", help="replace the tags that are there")
     output.add_argument("--frequency_tags", action="store_true", help="print how often each tag was given")
-    output.add_argument("--debug", action="store_true", help="say each picture's tags")
     tags = found.add_argument_group("tags")
     tags.add_argument("--thresh", type=float, default=0.35, metavar="P", help="least probability (default: 0.35)")
     for category in SINGLE:
@@ -72,7 +64,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     given = parser().parse_args(argv)
-    sys.path.insert(0, str(ROOT))
     from library.tool_script import run
 
     return run(lambda: tag(given))

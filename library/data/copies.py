@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from library.data.sources.images import EXTENSIONS
+from library.data.whole_files import write_whole
 from library.errors import UserError
 
 CACHES = (".npz", ".safetensors")
@@ -33,21 +34,16 @@ def sidecars(picture: Path) -> list[Path]:
 
 
 def write_copy(content: Callable[[], bytes], target: Path, overwrite: bool) -> bool:
-    """Write a file under a temporary name and rename it; False if it is there already and stays.
+    """Write a file, whole or not at all; False if it is there already and stays.
 
     Raises:
         UserError: it can't be read or written.
     """
     if target.exists() and not overwrite:
         return False
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        data = content()
     except OSError as error:
-        raise UserError.single(str(target), f"can't be written ({error.strerror or error})") from error
+        raise UserError.single(str(error.filename or target), f"can't be read ({error.strerror or error})") from error
+    write_whole(target, data)
     return True

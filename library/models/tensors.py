@@ -20,7 +20,7 @@ import torch
 from library.errors import UserError
 from library.models.headers import Entry
 
-_DTYPES = {
+WEIGHT_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -28,7 +28,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_PLAIN_DTYPES = _DTYPES | {
+_ALL_DTYPES = WEIGHT_DTYPES | {
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -118,12 +118,12 @@ def fill(
         if _significant(source.shape) != _significant(shape):
             wrong = f"its tensor {name} has the shape {source.shape}, not {shape}"
             raise UserError.single(what, wrong, "the file is of another family")
-        if source.entry.dtype not in _DTYPES:
+        if source.entry.dtype not in WEIGHT_DTYPES:
             wrong = f"its tensor {name} is of type {source.entry.dtype}"
             raise UserError.single(what, wrong, "use a file in fp32, fp16 or bf16")
         layout = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
         final = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
-        stored = _DTYPES[source.entry.dtype]
+        stored = WEIGHT_DTYPES[source.entry.dtype]
         plain = source.entry.stride is None and not source.transpose
         as_is = plain and stored == dtype and device.type == "cpu" and final.is_contiguous()
         start, end = source.span
@@ -171,7 +171,7 @@ class Reader:
         Raises:
             UserError: of a type that torch doesn't have, or the file became shorter.
         """
-        stored = torch_dtype(source.entry, source.name, source.path)
+        stored = stored_dtype(source)
         start, end = source.span
         raw = torch.empty(end - start, dtype=torch.uint8)
         _read(self._descriptor(source.path), start, raw, str(source.path))
@@ -184,17 +184,16 @@ class Reader:
             return self._files[path]
 
 
-def torch_dtype(entry: Entry, name: str, path: Path) -> torch.dtype:
-    """The dtype of a stored tensor.
+def stored_dtype(source: Source) -> torch.dtype:
+    """The dtype in which a tensor is stored.
 
     Raises:
         UserError: torch has none for it.
     """
-    found = _PLAIN_DTYPES.get(entry.dtype)
+    found = _ALL_DTYPES.get(source.entry.dtype)
     if found is None:
-        raise UserError.single(
-            str(path), f"its tensor {name} is of type {entry.dtype}", "use a file in fp32, fp16 or bf16"
-        )
+        wrong = f"its tensor {source.name} is of type {source.entry.dtype}"
+        raise UserError.single(str(source.path), wrong, "use a file in fp32, fp16 or bf16")
     return found
 
 

@@ -1,10 +1,18 @@
-"""Whether a file that a tool is to write could be written, told before any work is done. Nothing is made; no torch."""
+"""Whether what a tool is to write could be written, told before any work is done, and folders that are there whole or
+not at all. No torch."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from library.errors import Problem
+
+LORA_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
+"""Of LoRA files; only the first kind holds metadata."""
+MODEL_ENDINGS = (".safetensors",)
 
 
 def output_problems(path: Path, flag: str, endings: Sequence[str]) -> Iterator[Problem]:
@@ -20,8 +28,38 @@ def output_problems(path: Path, flag: str, endings: Sequence[str]) -> Iterator[P
     if path.is_dir():
         yield Problem(where, "is a folder", "give the name of the new file")
         return
+    yield from _place_problems(path, where)
+
+
+def folder_problems(path: Path, flag: str) -> Iterator[Problem]:
+    """What speaks against making a new folder: nothing of a user's is overwritten."""
+    where = f"{flag} {path}"
+    if path.is_dir() and any(path.iterdir()):
+        yield Problem(where, "is there already and isn't empty", "choose another name, or remove it")
+    elif path.exists() and not path.is_dir():
+        yield Problem(where, "is a file", "give the name of a new folder")
+    else:
+        yield from _place_problems(path, where)
+
+
+def _place_problems(path: Path, where: str) -> Iterator[Problem]:
     ancestor = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not ancestor.is_dir():
         yield Problem(where, f"can't be made: {ancestor} is no folder")
     elif not os.access(ancestor, os.W_OK | os.X_OK):
         yield Problem(where, f"can't be made: no permission in {ancestor}")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A place for a folder, which becomes `path` (not there, or empty) if the block, which makes it, ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        new = temporary / path.name
+        yield new
+        if path.is_dir():
+            path.rmdir()
+        new.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

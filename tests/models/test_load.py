@@ -17,7 +17,7 @@ from library.models.headers import Entry, Header
 from library.models.inspect import inspect
 from library.models.load import load
 from library.models.model import Model
-from library.models.tensors import _DTYPES, Source, fill
+from library.models.tensors import WEIGHT_DTYPES, Source, fill
 from tests.original_layout import folder_as_single_file, original_tensors
 
 WEIGHTS = {
@@ -225,7 +225,7 @@ def test_clip_skip_within_the_layers(tiny_sd1: Path, tiny_sdxl: Path) -> None:
 def test_every_float_type_of_a_file_is_read(copied: Path) -> None:
     tensors = load_file(copied / WEIGHTS["text_encoder"])
     for kind in (torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
-        assert kind in _DTYPES.values()
+        assert kind in WEIGHT_DTYPES.values()
         save_file(
             {n: v.to(kind) if v.is_floating_point() else v for n, v in tensors.items()},
             copied / WEIGHTS["text_encoder"],

@@ -193,13 +193,13 @@ def test_another_vae_is_taken(convert: Convert, tiny_models: Find, tmp_path: Pat
 
 WRONG = {
     "two precisions": (("{sd1}", "{new}.safetensors", "--fp16", "--bf16"), "contradict each other"),
-    "a pickle to write": (("{sd1}", "{new}.ckpt"), "files are .safetensors"),
+    "a pickle to write": (("{sd1}", "{new}.ckpt"), "use .safetensors"),
     "metadata of a folder": (("{sd1_file}", "{new}", "--metadata", "{{}}", "--epoch", "3"), "has no place in a folder"),
     "metadata that would run": (("{sd1}", "{new}.safetensors", "--metadata", "__import__('os')"), "is no JSON object"),
     "the wrong version": (("{sd1_file}", "{new}", "--v2"), "is an SD1 model"),
     "the other one": (("{sdxl_file}", "{new}", "--v1"), "is an SDXL model"),
     "nothing there": (("{new}.safetensors", "{new}"), "src: "),
-    "a place within a file": (("{sd1}", "{lora}/x.safetensors"), "is no folder that you may write to"),
+    "a place within a file": (("{sd1}", "{lora}/x.safetensors"), "is no folder"),
     "a folder that is full": (("{sd1_file}", "{sd1}"), "isn't empty"),
     "a LoRA": (("{lora}", "{new}"), "a LoRA (or another adapter)"),
     "an embedding": (("{embedding}", "{new}"), "an embedding"),

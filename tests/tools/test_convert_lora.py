@@ -157,7 +157,7 @@ def test_what_is_wrong_is_said_at_once(tiny_sd1: Path, tiny_sd1_file: Path, tmp_
     assert convert(tmp_path / "none.safetensors", tmp_path / "x.bin", "--to", "peft") == 2
     said = capsys.readouterr().err
     assert "there is no such weight file" in said
-    assert "has no known ending" in said
+    assert "ends in .bin" in said
     assert convert(tiny_sd1_file, tmp_path / "x.safetensors", "--to", "peft") == 2
     assert "is a base model, not a LoRA" in capsys.readouterr().err
     save_file({"emb_params": torch.ones(2, 32)}, tmp_path / "e.safetensors")
@@ -165,7 +165,7 @@ def test_what_is_wrong_is_said_at_once(tiny_sd1: Path, tiny_sd1_file: Path, tmp_
     assert "is an embedding" in capsys.readouterr().err
     path = lora_files.write_kohya(tmp_path / "a.safetensors", tiny_sd1)
     assert convert(path, path / "x.safetensors", "--to", "peft") == 2
-    assert "is no folder that you may write to" in capsys.readouterr().err
+    assert "is no folder" in capsys.readouterr().err
 
 
 def test_help_comes_without_torch() -> None:

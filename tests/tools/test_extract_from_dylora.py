@@ -149,7 +149,7 @@ def test_alphas_of_lycoris_stay_and_torch_files_work(tmp_path: Path, capsys: pyt
     [
         ("", ["--unit", "8"], "below the file's rank 8"),
         ("", ["--unit", "0"], "--unit"),
-        ("", ["--save_to", "x.bin"], "no known ending"),
+        ("", ["--save_to", "x.bin"], "ends in .bin"),
         ("missing", [], "no such weight file"),
         ("other", [], "LoHa"),
     ],

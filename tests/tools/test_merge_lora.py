@@ -235,7 +235,7 @@ def test_embeddings_stay_beside_the_model(
     assert merge("--models", one, one, "--save_to", tmp_path / "twice.safetensors") == 0
     assert torch.equal(load_file(tmp_path / "twice.safetensors")["bundle_emb.cat.clip_l"], vector)
     assert merge("--sd_model", model, "--models", one, "--save_to", tmp_path / "into.ckpt") == 2
-    assert "is no .safetensors file" in capsys.readouterr().err
+    assert "ends in .ckpt; use .safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

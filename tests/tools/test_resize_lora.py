@@ -228,7 +228,7 @@ def test_it_may_replace_its_input_and_write_pickles(made: Path, tmp_path: Path) 
         (["--target_size_mb", "-1"], "is no size"),
         (["--target_size_mb", "1", "--dynamic_param", "0.9"], "leave out one of the two"),
         (["--save_to", "out.bin"], "ends in .bin"),
-        (["--save_to", "pyproject.toml/out.pt"], "pyproject.toml is a file"),
+        (["--save_to", "pyproject.toml/out.pt"], "pyproject.toml is no folder"),
         (["--model", "absent.safetensors", "--new_conv_rank", "-3"], "absent.safetensors"),
     ],
 )

@@ -209,7 +209,7 @@ def test_trigger_words_of_a_training_from_a_config(
         (["FILE", "--set", "sshs_model_hash=0", "--in_place"], "sshs_model_hash is worked out from the tensors"),
         (["FILE", "--strip", "private"], "--save_to: is missing"),
         (["FILE", "--in_place"], "--in_place: nothing is to be changed"),
-        (["FILE", "--set", "a=b", "--save_to", "x.ckpt"], "doesn't end in .safetensors"),
+        (["FILE", "--set", "a=b", "--save_to", "x.ckpt"], "ends in .ckpt"),
         (["FILE", "--trigger_words", "-1"], "-1 is below 0"),
         (["FILE", "--model", "FILE"], "names a second file"),
         ([], "FILE: is missing"),

@@ -236,16 +236,3 @@ def test_matrices_around_transformers_are_as_the_file_has_them_or_as_asked(tiny_
     first = file_shaped(inspect(tiny_models("sd1_file")))
     assert first.unet_config["use_linear_projection"] is False
     assert file_shaped(first, linear=True).unet_config["use_linear_projection"] is True
-
-
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), folders.new_folder(tmp_path / "new") as folder:
-        (folder / "half").write_text("written")
-        raise KeyboardInterrupt
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "new").mkdir()
-    with folders.new_folder(tmp_path / "new") as folder:
-        (folder / "file").write_text("all")
-    assert [one.name for one in tmp_path.rglob("*")] == ["new", "file"]
-    with pytest.raises(UserError, match="isn't empty"):
-        folders.check_new(tmp_path / "new", "dst")

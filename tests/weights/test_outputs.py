@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from library.weights.outputs import output_problems
+from library.weights.outputs import folder_problems, new_folder, output_problems
 
 
 def told(path: Path) -> list[str]:
@@ -29,7 +29,24 @@ def test_what_speaks_against_a_file(tmp_path: Path) -> None:
     assert f"{tmp_path}/link is no folder" in told(tmp_path / "link" / "x.pt")[0]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_folders_without_permission(tmp_path: Path) -> None:
+def test_folders_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o500)
+    if os.geteuid() == 0:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path).stat().st_mode & 0o222 != 0)
     assert "no permission" in told(tmp_path / "x.pt")[0]
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "new") as folder:
+        folder.mkdir()
+        (folder / "half").write_text("written")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "new").mkdir()
+    assert not list(folder_problems(tmp_path / "new", "dst"))
+    with new_folder(tmp_path / "new") as folder:
+        folder.mkdir()
+        (folder / "file").write_text("all")
+    assert [one.name for one in tmp_path.rglob("*")] == ["new", "file"]
+    (problem,) = folder_problems(tmp_path / "new", "dst")
+    assert "isn't empty" in problem.wrong

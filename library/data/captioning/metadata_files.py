@@ -6,13 +6,13 @@ is the key. What a picture's name means, and which pictures train, is decided el
 
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from library.data.sources.metadata_files import kind
 from library.data.sources.picture_files import some
+from library.data.whole_files import write_whole
 from library.errors import Problem, UserError
 
 TABLE_ENDINGS = (".json", ".jsonl")
@@ -58,25 +58,12 @@ def write_table(path: Path, table: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all: under a temporary name, to the disk, then renamed. Links stay.
+    """Write a UTF-8 text file, whole or not at all.
 
     Raises:
         UserError: the file can't be written.
     """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(text.encode("utf-8"))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError.single(str(path), f"can't be written ({error.strerror or error})") from error
+    write_whole(path, text.encode("utf-8"))
 
 
 def problem_with_output(path: Path, where: str) -> Problem | None:

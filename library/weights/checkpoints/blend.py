@@ -18,7 +18,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.headers import Entry, Header
-from library.models.tensors import Reader, Source
+from library.models.tensors import WEIGHT_DTYPES, Reader, Source, stored_dtype
 from library.weights.checkpoints.stream import Planned
 
 Share = Callable[[str], float]
@@ -28,22 +28,6 @@ INTERPOLATIONS: tuple[Interpolation, ...] = ("weighted_sum", "sigmoid", "inv_sig
 UNET = "model.diffusion_model."
 _PARTS = (UNET, "first_stage_model.", "cond_stage_model.", "conditioner.")
 _AVERAGED = "model_ema."
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_KEPT_DTYPES = _DTYPES | {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _WHOLE = 1e-6
 """Ratios whose sum is as near to 1 as this make 1."""
 
@@ -139,8 +123,9 @@ def plan_blend(headers: Sequence[Header], recipe: Recipe, reader: Reader, work: 
         if name.startswith(_AVERAGED):
             continue
         sources = [_source(header, table.get(_common(name))) for header, table in zip(headers, tables, strict=True)]
-        dtype = _new_dtype(first, name, entry, work)
-        values: Callable[[], Tensor] = partial(_kept, _known(sources[0]), reader, dtype)
+        source = _known(sources[0])
+        dtype = stored_dtype(source) if work.dtype is None or not _counts(name, entry) else work.dtype
+        values: Callable[[], Tensor] = partial(_kept, source, reader, dtype)
         if _counts(name, entry) and (name.startswith(UNET) or not work.unet_only):
             terms = _active(recipe, name)
             if reason := _obstacle(name, sources, headers, terms):
@@ -170,7 +155,7 @@ def _active(recipe: Recipe, name: str) -> list[tuple[int, int, float]]:
 
 def _counts(name: str, entry: Entry) -> bool:
     """Whether a tensor holds weights of a part of the model."""
-    return name.startswith(_PARTS) and entry.dtype in _DTYPES and prod(entry.shape) > 0
+    return name.startswith(_PARTS) and entry.dtype in WEIGHT_DTYPES and prod(entry.shape) > 0
 
 
 def _obstacle(
@@ -182,7 +167,7 @@ def _obstacle(
         other, path = sources[place], headers[place].path
         if other is None:
             return f"not in {path.name}"
-        if other.entry.dtype not in _DTYPES:
+        if other.entry.dtype not in WEIGHT_DTYPES:
             wrong = f"its tensor {name} is of type {other.entry.dtype}"
             raise UserError.single(str(path), wrong, "use a file in fp32, fp16 or bf16")
         if _plain(other.entry.shape) != _plain(first.entry.shape):
@@ -201,15 +186,6 @@ def _known(source: Source | None) -> Source:
 def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A shape in which a 1x1 kernel counts as none."""
     return shape[:2] if shape[2:] == (1, 1) else shape
-
-
-def _new_dtype(header: Header, name: str, entry: Entry, work: Work) -> torch.dtype:
-    """The dtype of a tensor in the new file: weights follow `work.dtype`, all else stays as it is."""
-    stored = _KEPT_DTYPES.get(entry.dtype)
-    if stored is None:
-        wrong = f"its tensor {name} is of type {entry.dtype}"
-        raise UserError.single(str(header.path), wrong, "use a file in fp32, fp16 or bf16")
-    return work.dtype if work.dtype is not None and _counts(name, entry) else stored
 
 
 def _left_out(headers: Sequence[Header], tables: Sequence[dict[str, str]]) -> list[tuple[str, str]]:

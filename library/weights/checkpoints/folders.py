@@ -5,9 +5,7 @@ The folder is made under a temporary name and gets its own when it is whole.
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,37 +23,10 @@ from library.tokenizer import END_ID, special_padding, write_folder
 from library.weights.checkpoints.layouts import THREADS, Held, planned
 from library.weights.checkpoints.opened import BaseModel
 from library.weights.checkpoints.stream import Planned, check_room, write_stream
+from library.weights.outputs import folder_problems, new_folder
 
 _TOKENIZERS: Mapping[Part, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _WHOLE_BYTES = 4
-
-
-def check_new(path: Path, flag: str) -> None:
-    """Refuse a folder's name that is taken: nothing of a user's is overwritten.
-
-    Raises:
-        UserError: there is a file, or a folder that isn't empty.
-    """
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError.single(
-            f"{flag} {path}", "is there already and isn't empty", "choose another name, or remove it"
-        )
-    if path.exists() and not path.is_dir():
-        raise UserError.single(f"{flag} {path}", "is a file", "choose another name for the folder")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path`, which isn't there or is empty, if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        new = temporary / path.name
-        new.mkdir()
-        yield new
-        new.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_model(
@@ -78,12 +49,14 @@ def write_model(
     Raises:
         UserError: the folder is there already, no room for it, or the reference can't be read.
     """
-    check_new(path, "dst")
+    if problems := list(folder_problems(path, "dst")):
+        raise UserError(problems)
     info = model.info
     scheduler = scheduler_config(info, reference)
     plan = {part: as_part(inside, part, reader, dtype) for part, inside in tensors.items()}
     check_room(path, sum(one.size for found in plan.values() for one in found))
     with new_folder(path) as folder:
+        folder.mkdir()
         for part, found in plan.items():
             (folder / part).mkdir()
             middle = f".{variant}" if variant else ""

@@ -17,26 +17,12 @@ from library.errors import UserError
 from library.models.families import Part, TextEncoder
 from library.models.info import ModelInfo
 from library.models.original_names import prefix
-from library.models.tensors import Reader, Source
+from library.models.tensors import Reader, Source, stored_dtype
 from library.weights.checkpoints.opened import BaseModel
 from library.weights.checkpoints.stream import Planned
 
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 """Tensors without values by which programs know that a file predicts velocity, and that its schedule ends in noise."""
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 THREADS = 2
 """That read ahead while a file is written."""
 _EMA = "model_ema."
@@ -58,7 +44,7 @@ class Held:
     @property
     def dtype(self) -> torch.dtype:
         """As it is stored."""
-        return dtype_of(self.source)
+        return stored_dtype(self.source)
 
     def read(self, reader: Reader) -> Tensor:
         """The tensor, in its stored dtype."""
@@ -198,19 +184,6 @@ def _cast(values: Callable[[], Tensor], dtype: torch.dtype, name: str) -> Tensor
 def common(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """The dtype of tensors that become one: theirs, or float32 where they differ."""
     return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
-
-
-def dtype_of(source: Source) -> torch.dtype:
-    """The dtype that a tensor is stored in.
-
-    Raises:
-        UserError: one that torch doesn't have.
-    """
-    found = _DTYPES.get(source.entry.dtype)
-    if found is None:
-        wrong = f"its tensor {source.name} is of type {source.entry.dtype}"
-        raise UserError.single(str(source.path), wrong, "use a file in fp32, fp16 or bf16")
-    return found
 
 
 def significant(shape: tuple[int, ...]) -> tuple[int, ...]:

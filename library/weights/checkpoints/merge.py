@@ -18,9 +18,9 @@ from torch import Tensor
 from library.console import warn
 from library.errors import UserError
 from library.models.families import Part, diffusers_key
-from library.models.headers import Entry, Header
+from library.models.headers import Header
 from library.models.integrity import check_hashes
-from library.models.tensors import Reader, Source, torch_dtype
+from library.models.tensors import Reader, Source, stored_dtype
 from library.weights.checkpoints.changes import OFT_PREFIX, Leaf, changed, leaves_of
 from library.weights.checkpoints.merged_metadata import merged_metadata
 from library.weights.checkpoints.opened import BaseModel, open_model
@@ -222,9 +222,9 @@ class _Work:
     device: torch.device
     undo: bool
 
-    def stored(self, entry: Entry, name: str, path: Path) -> torch.dtype:
+    def stored(self, source: Source) -> torch.dtype:
         """The dtype that a tensor of the input gets in the output."""
-        own = torch_dtype(entry, name, path)
+        own = stored_dtype(source)
         return self.dtype if self.dtype is not None and own.is_floating_point else own
 
 
@@ -232,8 +232,8 @@ def _planned(header: Header, plan: _Plan, work: _Work, reader: Reader) -> list[P
     """All tensors of a file in the order in which it holds them."""
     found = []
     for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
-        stored = work.stored(entry, name, header.path)
         whole = Source(name, header.path, entry, name)
+        stored = work.stored(whole)
         changes = plan.changes.get((header.path, name), ())
         values: Callable[[], Tensor] = partial(_values, whole, changes, stored, work, reader)
         found.append(Planned(name, stored, entry.shape, values))

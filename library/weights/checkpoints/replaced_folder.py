@@ -3,7 +3,6 @@ there whole or not at all."""
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from library.models import folder
 from library.models.families import Part
 from library.models.info import PartInfo
 from library.models.pickles import SUFFIXES
+from library.weights.outputs import folder_problems, new_folder
 
 _WEIGHTS = (".safetensors", *SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")
 _INDEX_MARK = ".index"
@@ -57,10 +57,8 @@ def replaced_folder(old: Path, save_to: Path, parts: Mapping[Part, PartInfo]) ->
         UserError: `save_to` is there already, or lies within `old`.
     """
     check_new_folder(old, save_to)
-    save_to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{save_to.name}.", suffix=".tmp", dir=save_to.parent))
-    try:
-        new = NewFolder(old, temporary / save_to.name)
+    with new_folder(save_to) as place:
+        new = NewFolder(old, place)
         replaced = {old / part for part in parts}
 
         def skipped(place: str, names: list[str]) -> set[str]:
@@ -75,11 +73,6 @@ def replaced_folder(old: Path, save_to: Path, parts: Mapping[Part, PartInfo]) ->
         for part in parts:
             _copy_index(old / part, new.new / part, part)
         yield new
-        if save_to.is_dir():
-            save_to.rmdir()
-        new.new.rename(save_to)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_new_folder(old: Path, save_to: Path) -> None:
@@ -91,8 +84,8 @@ def check_new_folder(old: Path, save_to: Path) -> None:
     where = f"--save_to {save_to}"
     if save_to.suffix in _WEIGHTS:
         raise UserError.single(where, f"is the name of a file, but {old} is a folder", "give the name of a new folder")
-    if save_to.exists() and not (save_to.is_dir() and not any(save_to.iterdir())):
-        raise UserError.single(where, "is there already", "give the name of a new folder")
+    if problems := list(folder_problems(save_to, "--save_to")):
+        raise UserError(problems)
     if old.resolve() in save_to.resolve().parents:
         raise UserError.single(where, f"lies within {old}", "give the name of a folder elsewhere")
 

@@ -18,14 +18,13 @@ from library.errors import UserError
 from library.models.families import Part
 from library.models.info import ModelInfo
 from library.models.original_names import Original, originals
-from library.models.tensors import Reader, Source
+from library.models.tensors import Reader, Source, stored_dtype
 from library.weights.checkpoints.layouts import (
     THREADS,
     V_PREDICTION,
     ZERO_SNR,
     Held,
     common,
-    dtype_of,
     held,
     is_ema,
     planned,
@@ -163,7 +162,9 @@ def taken_over(
 
 def _spare(sources: Iterable[Source], reader: Reader) -> Iterator[Added]:
     for one in sources:
-        yield Added(Planned(one.name, dtype_of(one), one.shape, partial(reader.read, one)), "as they stand in the file")
+        yield Added(
+            Planned(one.name, stored_dtype(one), one.shape, partial(reader.read, one)), "as they stand in the file"
+        )
 
 
 def _marks(info: ModelInfo) -> Iterator[Added]:

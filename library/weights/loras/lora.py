@@ -36,9 +36,9 @@ from library.weights.loras.peft import (
     settings_of,
     underscored,
 )
+from library.weights.outputs import LORA_ENDINGS
 from library.weights.save import save_lora
 
-ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
 _FACTORS = {"lora_down.weight", "lora_up.weight"}
 _EXACT = ("tucker", "loha", "lokr")
 _MODULE = re.compile(r"(lora_unet|lora_te[12]?|lycoris|oft_unet)_\w")
@@ -251,9 +251,8 @@ def write(lora: Lora, path: Path, *, layout: Layout | None = None, dtype: torch.
             finite (in `dtype`), or the path has no known ending.
     """
     chosen = layout or lora.layout
-    if path.suffix not in ENDINGS:
-        *first, last = ENDINGS
-        raise UserError.single(str(path), "has no known ending", f"use {', '.join(first)} or {last}")
+    if path.suffix not in LORA_ENDINGS:
+        raise UserError.single(str(path), "has no known ending", f"use {' or '.join(LORA_ENDINGS)}")
     metadata = {key: value for key, value in lora.metadata.items() if key != SETTINGS}
     tensors: dict[str, Tensor] = {}
     if chosen in ("kohya", "kohya-diffusers"):
