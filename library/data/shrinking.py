@@ -15,6 +15,9 @@ from library.data.sources.images import Damage, open_image, probe
 from library.errors import DamagedPictureError
 
 JPEG_QUALITY = 100
+_OF_RGB = ("RGB", "RGBA", "P")
+_SPACE = slice(16, 20)
+"""Where an ICC profile names its colour space."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,10 @@ class Shrink:
     def sizes(self, size: Size) -> tuple[Size, Size]:
         """(resized, cut) of a picture of `size` (width, height); sides are rounded down."""
         width, height = size
-        scale = min(1.0, math.sqrt(self.most / (width * height)))
-        resized = size if scale == 1.0 else (max(1, int(width * scale)), max(1, int(height * scale)))
+        resized = size
+        if width * height > self.most:
+            sides = (math.isqrt(self.most * one // other) for one, other in ((width, height), (height, width)))
+            resized = (max(1, next(sides)), max(1, next(sides)))
         cut = tuple(side if side < self.divisible else side - side % self.divisible for side in resized)
         return resized, (cut[0], cut[1])
 
@@ -69,10 +74,12 @@ def shrunk(picture: Picture, how: Shrink) -> Picture:
 def encoded(picture: Picture, source: Path, *, png: bool) -> bytes:
     """The bytes of a JPEG file (quality 100, no colour subsampling, without alpha), or of a PNG file with its alpha.
 
-    The colour profile of `source` goes along.
+    The colour profile of `source` goes along if it is one for red, green and blue, as the pixels are.
     """
     with source.open("rb") as file, open_image(file) as image:
-        profile = image.info.get("icc_profile")
+        profile = image.info.get("icc_profile") if image.mode in _OF_RGB else None
+    if profile and profile[_SPACE] != b"RGB ":
+        profile = None
     more = {"icc_profile": profile} if profile else {}
     target = io.BytesIO()
     if not png:

@@ -53,6 +53,19 @@ def test_the_file_trains(pictures: Path, tiny_sd1: Path, tmp_path: Path, capsys:
     assert "thing, tag0, red, a place" in capsys.readouterr().out
 
 
+def test_entries_keep_the_names_that_they_have(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    near = pictures.relative_to(tmp_path)
+    names = [str(pictures / "picture00.jpg"), "picture01.png", str(near / "picture02.jpg")]
+    (tmp_path / "meta.json").write_text(json.dumps({name: {"caption": "old"} for name in names}))
+    assert call("merge_tags_to_metadata", near, "meta.json") == 0
+    found = json.loads((tmp_path / "meta.json").read_text())
+    assert list(found) == names
+    assert [entry["tags"].split(", ")[1] for entry in found.values()] == ["tag0", "tag1", "tag2"]
+    assert call("merge_tags_to_metadata", near, "meta.json", "--full_path", "--recursive") == 0
+    assert list(json.loads((tmp_path / "meta.json").read_text())) == names
+
+
 def test_input_of_its_own_and_other_endings(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text('{"picture00": {"tags": "kept"}}')
     words = [pictures, tmp_path / "out.json", "--in_json", tmp_path / "in.json", "--caption_extention", "txt"]

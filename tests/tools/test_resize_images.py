@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from library.data.shrinking import Shrink
 from tests.programs import tool
@@ -61,6 +61,11 @@ def test_every_interpolation_draws_its_own_picture(name: str, source: Path, tmp_
     assert np.array_equal(area, found) == (name == "area")
 
 
+def test_squares_become_squares_of_the_size_that_was_asked_for() -> None:
+    found = {Shrink(512 * 512, 64).sizes((side, side)) for side in range(513, 3000)}
+    assert found == {((512, 512), (512, 512))}
+
+
 @pytest.mark.parametrize("size", [(4000, 3000), (513, 511), (17, 9000)])
 def test_sizes_keep_the_ratio_and_the_number_of_pixels(size: tuple[int, int]) -> None:
     resized, cut = Shrink(512 * 512, 64).sizes(size)
@@ -101,8 +106,14 @@ def test_a_picture_is_upright_and_keeps_its_profile(tmp_path: Path) -> None:
     src.mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (40, 20), "red").save(src / "a.jpg", exif=exif, icc_profile=b"a profile")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (40, 20), "red").save(src / "a.jpg", exif=exif, icc_profile=profile)
+    Image.new("CMYK", (40, 20)).save(src / "cmyk.jpg", icc_profile=profile[:16] + b"CMYK" + profile[20:])
+    Image.new("L", (40, 20)).save(src / "grey.jpg", icc_profile=profile)
     assert resize(src, tmp_path / "dst", "--max_resolution", "20x10") == 0
     with Image.open(tmp_path / "dst" / "a+20x10.jpg") as image:
-        assert image.size == (10, 20) and image.info["icc_profile"] == b"a profile"
+        assert image.size == (10, 20) and image.info["icc_profile"] == profile
         assert image.getexif().get(0x0112, 1) == 1
+    for name in ("cmyk", "grey"):
+        with Image.open(tmp_path / "dst" / f"{name}+20x10.jpg") as image:
+            assert image.mode == "RGB" and "icc_profile" not in image.info

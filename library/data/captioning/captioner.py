@@ -128,7 +128,20 @@ class Captioner:
             raise UserError.single(str(folder), wrong, "download it again")
         self._kind, self._manner, self._device = kind, manner, device
         self._images, self._tokenizer = processor.image_processor, processor.tokenizer
+        self._check_lengths(folder, model.config)
         self._model = model.to(device).float().eval()
+
+    def _check_lengths(self, folder: Path, config: Any) -> None:
+        """Refuse captions that are longer than the model's texts, or as short as what they begin with."""
+        longest = int(getattr(config, "text_config", config).max_position_embeddings)
+        manner = self._manner
+        if manner.max_length > longest:
+            wrong = f"{manner.max_length} tokens are more than {folder} writes"
+            raise UserError.single("--max_length", wrong, f"give up to {longest}")
+        begun = len(self._tokenizer(manner.prompt)["input_ids"]) if self._kind == "blip" else 1
+        if manner.max_length <= begun:
+            wrong = f"{manner.max_length} tokens leave none behind the {begun} that a caption begins with"
+            raise UserError.single("--max_length", wrong, "give more, or a shorter --prompt")
 
     def prepare(self, picture: Pixels) -> NDArray[np.float32]:
         """uint8 (h, w, 3) RGB -> float32 (3, side, side), by the model's own image processor."""

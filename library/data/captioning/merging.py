@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.console import say, track, warn
-from library.data.captioning.metadata_files import Table, problem_with_output, read_table, write_table
+from library.data.captioning.metadata_files import Table, key_of, problem_with_output, read_table, write_table
 from library.data.sources.folders import list_pictures
 from library.data.sources.shelves import read_caption
 from library.errors import Problem, UserError
@@ -37,21 +37,8 @@ class Merge:
     debug: bool = False
 
 
-def add_flags(parser: argparse.ArgumentParser, field: Field, extension: str) -> None:
-    """The flags of both tools."""
-    parser.add_argument("train_data_dir", type=Path, metavar="FOLDER", help="pictures with such files beside them")
-    parser.add_argument("out_json", type=Path, metavar="OUT", help="metadata file, .json or .jsonl")
-    parser.add_argument("--in_json", type=Path, metavar="FILE", help="metadata to amend (default: OUT if it is there)")
-    ending = f"of the {field} files, also as --caption_extention (default: {extension})"
-    names = ("--caption_extension", "--caption_extention")
-    parser.add_argument(*names, dest="caption_extension", default=extension, metavar=".EXT", help=ending)
-    parser.add_argument("--full_path", action="store_true", help="entries are named by paths, not by names alone")
-    parser.add_argument("--recursive", action="store_true", help="folders inside FOLDER too; needs --full_path")
-    parser.add_argument("--debug", action="store_true", help="show every entry")
-
-
 def asked(given: argparse.Namespace, field: Field) -> Merge:
-    """What the flags of `add_flags` say."""
+    """What the flags of `flags.add_merging` say."""
     extension = given.caption_extension if given.caption_extension.startswith(".") else f".{given.caption_extension}"
     return Merge(
         folder=given.train_data_dir,
@@ -88,10 +75,11 @@ def merge(wish: Merge) -> Table:
         if not file.is_file():
             missing.append(key)
             continue
-        name, text = str(picture) if wish.full_path else picture.stem, read_caption(str(file))
+        name = key_of(table, picture, wish.folder) or (str(picture) if wish.full_path else picture.stem)
+        text = read_caption(str(file))
         if isinstance(text, Problem):
             problems.append(text)
-        elif name in found and not wish.full_path:
+        elif name in found:
             problems.append(Problem(str(picture), "another picture has the same name", "use --full_path"))
         else:
             found[name] = text

@@ -6,7 +6,7 @@ is the key. What a picture's name means, and which pictures train, is decided el
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,20 @@ def read_table(path: Path) -> Table:
         more = [Problem(str(path), f"{len(problems) - _SHOWN} more entries that can't be used", "mend them all")]
         raise UserError(problems[:_SHOWN] + (more if len(problems) > _SHOWN else []))
     return table
+
+
+def key_of(table: Collection[str], picture: Path, folder: Path) -> str | None:
+    """The name that a picture has in a table: its absolute path, its path within `folder`, its path as it was given, or
+    one of these without its ending; None where it isn't there."""
+    spellings = (absolute(picture), picture.relative_to(folder), picture)
+    whole = [one.as_posix() for one in spellings]
+    stems = [one.with_name(one.stem).as_posix() for one in spellings]
+    return next((name for name in (*whole, *stems) if name in table), None)
+
+
+def absolute(picture: Path) -> Path:
+    """An absolute path without dots; links stay what they are."""
+    return Path(os.path.normpath(Path.cwd() / picture))
 
 
 def write_table(path: Path, table: Mapping[str, Mapping[str, Any]]) -> None:

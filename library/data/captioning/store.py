@@ -4,7 +4,6 @@ Both know what is there already, so that work that was stopped goes on where it 
 here.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -92,11 +91,7 @@ class TableFile:
         self._changed, self._written = False, time.monotonic()
 
     def _key(self, picture: Path) -> str | None:
-        inner = picture.relative_to(self._folder)
-        spellings = (_absolute(picture), inner, picture)
-        whole = [one.as_posix() for one in spellings]
-        stems = [one.with_name(one.stem).as_posix() for one in spellings]
-        return next((name for name in (*whole, *stems) if name in self._table), None)
+        return metadata_files.key_of(self._table, picture, self._folder)
 
     def has(self, picture: Path) -> bool:
         key = self._key(picture)
@@ -115,7 +110,7 @@ class TableFile:
     def write(self, picture: Path, text: str, size: tuple[int, int]) -> None:
         key = self._key(picture)
         if key is None:
-            named = picture.relative_to(self._folder) if self._relative else _absolute(picture)
+            named = picture.relative_to(self._folder) if self._relative else metadata_files.absolute(picture)
             key = named.as_posix()
         entry: dict[str, Any] = self._table.setdefault(key, {})
         entry[self._field] = text
@@ -128,10 +123,6 @@ class TableFile:
         if self._changed:
             metadata_files.write_table(self._path, self._table)
         self._changed, self._written = False, time.monotonic()
-
-
-def _absolute(picture: Path) -> Path:
-    return Path(os.path.normpath(Path.cwd() / picture))
 
 
 def with_dot(extension: str) -> str:
