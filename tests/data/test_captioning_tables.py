@@ -175,3 +175,18 @@ def test_what_is_left_to_do(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="--recursive"):
         find_work(tmp_path / "empty", store, recursive=False, again=False)
+
+
+def test_pictures_that_share_an_entry_share_its_text(tmp_path: Path) -> None:
+    pictures = [tmp_path / "a.jpg", tmp_path / "a.png"]
+    for picture in pictures:
+        picture.touch()
+    (tmp_path / "meta.json").write_text('{"a": {"caption": "mine"}}', encoding="utf-8")
+    store = TableFile(tmp_path / "meta.json", tmp_path, "tags", relative=False)
+    work = find_work(tmp_path, store, recursive=False, again=False)
+    assert work.todo == (pictures[0],)
+    assert "a.png" in "".join(work.notices)
+    (tmp_path / "meta.json").write_text("{}", encoding="utf-8")
+    store = TableFile(tmp_path / "meta.json", tmp_path, "tags", relative=False)
+    work = find_work(tmp_path, store, recursive=False, again=False)
+    assert work.todo == tuple(pictures)

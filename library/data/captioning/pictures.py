@@ -70,24 +70,20 @@ def find_work(folder: Path, store: Store, *, recursive: bool, again: bool) -> Wo
     twins = _same_text(paths, store)
     if twins:
         named = some([path.name for path in twins], 3)
-        notices.append(f"{folder}: {named} differ from others in the extension only; they share their caption files")
+        notices.append(f"{folder}: {named} differ from others in the extension only, and share their texts")
     left = [path for path in paths if path not in twins]
     todo = [path for path in left if again or not store.has(path)]
     return Work(folder, tuple(todo), len(left) - len(todo), tuple(notices))
 
 
 def _same_text(paths: Sequence[Path], store: Store) -> frozenset[Path]:
-    """Pictures whose text file is that of an earlier one."""
-    place: Callable[[Path], Path] | None = getattr(store, "path", None)
-    if place is None:
-        return frozenset()
-    seen: set[Path] = set()
+    """Pictures whose text stands where that of an earlier one does."""
+    seen: set[str] = set()
     twins = []
     for path in paths:
-        file = place(path)
-        if file in seen:
+        if (place := store.place(path)) in seen:
             twins.append(path)
-        seen.add(file)
+        seen.add(place)
     return frozenset(twins)
 
 

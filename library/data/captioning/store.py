@@ -22,6 +22,9 @@ _WRITTEN_EVERY = 30.0
 class Store(Protocol):
     """Texts of pictures, by the pictures' paths."""
 
+    def place(self, picture: Path) -> str:
+        """Where the text of a picture stands: two pictures with one place share it."""
+
     def has(self, picture: Path) -> bool:
         """Whether there is a text for it, be it empty."""
 
@@ -59,6 +62,9 @@ class Sidecars:
         """The text file of a picture."""
         return picture.with_name(picture.stem + self._extension)
 
+    def place(self, picture: Path) -> str:
+        return str(self.path(picture))
+
     def has(self, picture: Path) -> bool:
         return self.path(picture).is_file()
 
@@ -93,6 +99,12 @@ class TableFile:
     def _key(self, picture: Path) -> str | None:
         return metadata_files.key_of(self._table, picture, self._folder)
 
+    def place(self, picture: Path) -> str:
+        key = self._key(picture)
+        if key is None:
+            key = (picture.relative_to(self._folder) if self._relative else metadata_files.absolute(picture)).as_posix()
+        return key
+
     def has(self, picture: Path) -> bool:
         key = self._key(picture)
         return key is not None and self._table[key].get(self._field) is not None
@@ -108,11 +120,7 @@ class TableFile:
         return "\n".join(line for raw in text.splitlines() if (line := raw.strip()))
 
     def write(self, picture: Path, text: str, size: tuple[int, int]) -> None:
-        key = self._key(picture)
-        if key is None:
-            named = picture.relative_to(self._folder) if self._relative else metadata_files.absolute(picture)
-            key = named.as_posix()
-        entry: dict[str, Any] = self._table.setdefault(key, {})
+        entry: dict[str, Any] = self._table.setdefault(self.place(picture), {})
         entry[self._field] = text
         entry["image_size"] = list(size)
         self._changed = True
