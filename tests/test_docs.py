@@ -18,7 +18,7 @@ from library.options.dataset_schema import KEYS
 from library.options.registry import FLAGS
 from library.options.scripts import SCRIPTS, TRAIN_NETWORK, TRAIN_TEXTUAL_INVERSION, Script
 from tests.pictures import make_pictures
-from tests.programs import ROOT, environment
+from tests.programs import ROOT, environment, tool
 from tools.readme_command import readme_command
 
 PAGE_OF_EMBEDDINGS = ROOT / "docs" / "textual-inversion.md"
@@ -165,3 +165,15 @@ def test_code_on_the_page_about_embeddings_runs(
 def test_both_commands_stand_on_the_readme() -> None:
     assert "library/presets/quickstart.toml" in readme_command("main job")
     assert readme_command("tests").endswith("python -m pytest")
+
+
+@pytest.mark.parametrize("name", ["write_docs", "readme_command"])
+def test_help_of_developers_tools_does_nothing_else(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        tool(name)(["--help"])
+    assert end.value.code == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("usage: ") and "wrote" not in told.out
+    with pytest.raises(SystemExit) as end:
+        tool(name)(["nothing of that name", "--chek"])
+    assert end.value.code == 2

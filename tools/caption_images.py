@@ -12,7 +12,7 @@ Pictures that have theirs are passed over, so that a stopped run goes on where i
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BLIP, GIT = "Salesforce/blip-image-captioning-large", "microsoft/git-large-textcaps"
 ORIGINAL_ENDINGS = (".pth", ".pt", ".ckpt")
+ORIGINAL = "model_large_caption.pth"
+"""What BLIP's authors call the weights of `BLIP`; sd-scripts' tool takes them by default, and GUIs name their URL."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("train_data_dir", type=Path, metavar="DIR", help="folder of pictures")
     model = found.add_argument_group("captioner")
     model.add_argument("--model_id", metavar="MODEL", help=f"folder or hub name (default: {BLIP}; with --git: {GIT})")
-    model.add_argument("--caption_weights", metavar="MODEL", help="another name of --model_id; no .pth files")
+    model.add_argument(
+        "--caption_weights", metavar="MODEL", help=f"another name of --model_id; no .pth files but {ORIGINAL}"
+    )
     model.add_argument("--git", action="store_true", help="use a GIT model")
     model.add_argument("--device", metavar="NAME", help="(default: cuda where there is one, else cpu)")
     add_reading(model)
@@ -78,6 +82,8 @@ def caption(given: argparse.Namespace) -> None:
     from library.errors import UserError
 
     _check(given)
+    for line in _notices(given):
+        say(line)
     folder: Path = given.train_data_dir
     store = open_store(folder, given.caption_extension, given.output_path, "caption", relative=given.relative_paths)
     work = find_work(folder, store, recursive=given.recursive, again=given.overwrite)
@@ -88,7 +94,8 @@ def caption(given: argparse.Namespace) -> None:
         return
     if given.output_path is None and (closed := loop.problems_with_places(work.todo)):
         raise UserError(closed)
-    place = find_model(given.model_id or given.caption_weights or (GIT if given.git else BLIP), "--model_id")
+    weights = BLIP if _is_usual(given) else given.caption_weights
+    place = find_model(given.model_id or weights or (GIT if given.git else BLIP), "--model_id")
     kind = kind_of(place, "--model_id")
     if given.git and kind != "git":
         raise UserError.single("--git", f"{place} is a {kind.upper()} model", "leave --git out")
@@ -132,13 +139,9 @@ def _check(given: argparse.Namespace) -> None:
             problems.append(Problem(f"--{flag}", f"{value} isn't {least} or more"))
     if given.top_p is not None and not 0 < given.top_p <= 1:
         problems.append(Problem("--top_p", f"{given.top_p} isn't above 0 and at most 1"))
-    if given.top_p is not None and given.beam_search:
-        problems.append(Problem("--top_p", "has no meaning with --beam_search", "give one of them"))
-    if given.num_beams > 1 and not given.beam_search:
-        problems.append(Problem("--num_beams", "has no meaning without --beam_search", "give both"))
     if given.caption_weights is not None and given.model_id is not None:
         problems.append(Problem("--caption_weights", "is another name of --model_id", "give one of them"))
-    if given.caption_weights is not None and given.caption_weights.endswith(ORIGINAL_ENDINGS):
+    if given.caption_weights and given.caption_weights.endswith(ORIGINAL_ENDINGS) and not _is_usual(given):
         wrong = f"{given.caption_weights} is in the layout of BLIP's authors"
         problems.append(
             Problem("--caption_weights", wrong, f"use --model_id {BLIP}, the same weights for transformers")
@@ -153,6 +156,21 @@ def _check(given: argparse.Namespace) -> None:
         problems.append(Problem(str(given.train_data_dir), "there is no such folder"))
     if problems:
         raise UserError(problems)
+
+
+def _is_usual(given: argparse.Namespace) -> bool:
+    """Whether --caption_weights names the file whose weights the usual BLIP model holds, by URL or path."""
+    return bool(given.caption_weights) and given.caption_weights.replace("\\", "/").rpartition("/")[2] == ORIGINAL
+
+
+def _notices(given: argparse.Namespace) -> Iterator[str]:
+    """What the flags say in vain, or otherwise than it is done, as GUIs send all of them."""
+    if given.top_p is not None and given.beam_search:
+        yield "--top_p: has no effect with --beam_search"
+    if given.num_beams > 1 and not given.beam_search:
+        yield "--num_beams: has no effect without --beam_search"
+    if _is_usual(given):
+        yield f"--caption_weights: {BLIP} is taken, the same weights for transformers"
 
 
 def _manner(given: argparse.Namespace, kind: "Kind") -> "Manner":
@@ -172,8 +190,8 @@ def _manner(given: argparse.Namespace, kind: "Kind") -> "Manner":
     if shortest > longest:
         raise UserError.single("--min_length", f"{shortest} is more than --max_length, {longest}", "lower it")
     prompt = ("a picture of" if given.prompt is None else given.prompt) if blip else ""
-    drawn = given.top_p if given.top_p is not None or given.beam_search or not blip else 0.9
-    return Manner(longest, shortest, given.num_beams, drawn, prompt, given.seed)
+    drawn = None if given.beam_search else given.top_p or (0.9 if blip else None)
+    return Manner(longest, shortest, given.num_beams if given.beam_search else 1, drawn, prompt, given.seed)
 
 
 def _device(name: str | None) -> "torch.device":

@@ -14,12 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from library.console import say, warn
-from library.data.captioning.cleaning import clean_caption, clean_tags
-from library.data.captioning.metadata_files import problem_with_output, read_table, write_table
-from library.errors import Problem, UserError
-from library.tool_script import run
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -34,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line for each thing that is wrong."""
     given = parser().parse_args(argv)
+    from library.tool_script import run
+
     return run(lambda: clean(given))
 
 
@@ -43,6 +39,11 @@ def clean(given: argparse.Namespace) -> None:
     Raises:
         UserError: not two files, or one that can't be read or written.
     """
+    from library.console import say, warn
+    from library.data.captioning.cleaning import clean_caption, clean_tags
+    from library.data.captioning.metadata_files import problem_with_output, read_table, write_table
+    from library.errors import UserError
+
     if len(given.files) == 3:
         warn(f"{given.files[0]} is left aside: the pictures' folder is not needed")
     elif len(given.files) != 2:
@@ -76,6 +77,8 @@ def clean(given: argparse.Namespace) -> None:
 
 
 def _check_texts(source: Path, table: Mapping[str, Mapping[str, object]], fields: Iterable[str]) -> None:
+    from library.errors import Problem, UserError
+
     fields = tuple(fields)
     problems = [
         Problem(str(source), f"{field} of {name} is no text", "write tags as one text with commas between them")

@@ -3,11 +3,12 @@
     python tools/make_dataset_config.py pictures --pretrained_model_name_or_path sd15.safetensors --trigger mycat
 
 writes `mycat-dataset.toml` and `mycat.toml` beside each other, with resolution, repeats, epochs and steps computed from
-the pictures, the captions and the base model. Every line says why. Train with
+the pictures, the captions and the base model. Every computed line says why. Train with
 
     accelerate launch train_network.py --config_file mycat.toml
 
-Pictures may lie in the folder itself and in folders inside it; names like `10_mycat cat` tell repeats and class tokens.
+Pictures may lie in the folder itself and in folders inside it, at any depth; names like `10_mycat cat` tell repeats and
+class tokens.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def write(given: argparse.Namespace) -> tuple[Path, Path]:
     """
     from library.console import say, warn
     from library.data.copies import write_copy
-    from library.data.survey import look_at
+    from library.data.survey import Captions, look_at
     from library.errors import Problem, UserError
     from library.options.proposal import Subset, propose
 
@@ -85,47 +86,68 @@ def write(given: argparse.Namespace) -> tuple[Path, Path]:
     ]
     if problems:
         raise UserError(problems)
-    facts = [one for one in look_at(given.folder.resolve()) if one.count or one.bad]
-    for path, wrong in [pair for one in facts for pair in one.bad][:_SHOWN]:
-        warn(f"{path}: {wrong}; training would stop there: replace it, or add skip_bad_images = true")
+    facts, passed_over = look_at(given.folder.resolve())
+    for line in passed_over:
+        warn(line)
+    bad = [f"{path}: {wrong}" for one in facts for path, wrong in one.bad]
+    _warn_of(bad, "left out of the training (skip_bad_images)")
     facts = [one for one in facts if one.count]
     if not facts:
         raise UserError.single(str(given.folder), "no pictures there that can be read")
-    wish = _wish(given, name, facts)
-    subsets = [
-        Subset(
-            one.folder, one.count, len(one.captions[wish.extension]) if wish.extension else 0, one.repeats, one.words
+    wish = _wish(given, name, facts, len(bad))
+    subsets = []
+    for one in facts:
+        ending = one.extension(wish.extension)
+        captions = one.captions[ending] if ending else Captions()
+        subsets.append(Subset(one.folder, one.count, captions.count, ending, one.repeats, one.words))
+        _warn_of([str(problem) for problem in captions.bad], "training stops there")
+        _warn_of(
+            [f"{path}: the caption is empty" for path in captions.empty],
+            "its picture is learned without words of its own",
         )
-        for one in facts
-    ]
-    if not wish.extension and not wish.trigger and not all(one.words for one in facts):
-        warn("there are no captions and no --trigger, so the pictures would be learned without words")
     found = propose(wish, subsets, files[0].resolve())
+    worded = wish.extension or wish.trigger or all(one.words for one in facts)
+    if not worded:
+        warn("there are no captions and no --trigger, so the pictures would be learned without words")
     for file, text in zip(files, (found.dataset, found.training), strict=True):
         write_copy(text.encode, file, overwrite=True)
         say(f"written: {file}")
+    if given.preset and found.preset != given.preset:
+        say(f"--preset {given.preset} has no network, so that it was put on top of the goal's: {found.preset}")
     pictures = sum(one.count for one in facts)
     say(
         f"{pictures} pictures in {len(facts)} folder{'s' if len(facts) > 1 else ''}, "
         f"{found.samples} samples an epoch at {found.resolution} pixels, "
         f"{found.epochs} epochs, about {found.steps} steps"
     )
-    say(f"see what it amounts to: python train_network.py --dry_run --config_file {files[1]}")
+    say(f"see what it amounts to: python {found.script} --dry_run --config_file {files[1]}")
     return files
 
 
-def _wish(given: argparse.Namespace, name: str, facts: "Sequence[FolderFacts]") -> "Wish":
+def _warn_of(lines: Sequence[str], why: str) -> None:
+    """Tell the first of these, and how many more there are."""
+    from library.console import warn
+
+    for line in lines[:_SHOWN]:
+        warn(f"{line}; {why}")
+    if len(lines) > _SHOWN:
+        warn(f"{len(lines) - _SHOWN} more like that")
+
+
+def _wish(given: argparse.Namespace, name: str, facts: "Sequence[FolderFacts]", bad: int) -> "Wish":
     from library.data.survey import are_tags, usual_extension, usual_side
     from library.models.inspect import inspect
-    from library.options.proposal import PRESET_OF, Wish
+    from library.options.proposal import Wish, stands_in
 
     info = inspect(given.pretrained_model_name_or_path)
     extension = usual_extension(facts)
-    captions = [text for one in facts for text in one.captions[extension]] if extension else []
-    holding = sum(given.trigger.lower() in text.lower() for text in captions)
+    endings = [(one, one.extension(extension)) for one in facts]
+    captions = [text for one, ending in endings if ending for text in one.captions[ending].texts]
+    holding = sum(stands_in(given.trigger, text) for text in captions) if given.trigger else 0
     local = Path(given.pretrained_model_name_or_path)
     return Wish(
-        preset=given.preset or PRESET_OF[given.goal],
+        goal=given.goal,
+        preset=given.preset or "",
         model=str(local.resolve()) if local.exists() else given.pretrained_model_name_or_path,
         side=info.family.sides[info.prediction_type or "epsilon"],
         usual_side=usual_side(facts),
@@ -136,6 +158,7 @@ def _wish(given: argparse.Namespace, name: str, facts: "Sequence[FolderFacts]") 
         output_dir=given.output_dir,
         output_name=name,
         steps=given.steps,
+        bad=bad,
     )
 
 

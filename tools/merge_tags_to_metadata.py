@@ -12,21 +12,33 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from library.data.captioning.merging import add_flags, asked, merge
-from library.tool_script import run
+from library.data.captioning.flags import add_merging
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(found, "tags", ".txt")
+    add_merging(found, "tags", ".txt")
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line for each thing that is wrong."""
     given = parser().parse_args(argv)
-    return run(lambda: merge(asked(given, "tags")))
+    from library.tool_script import run
+
+    return run(lambda: work(given))
+
+
+def work(given: argparse.Namespace) -> None:
+    """Write the metadata file. Imports here, so that Ctrl-C while they last is told in a line, too.
+
+    Raises:
+        UserError: a flag is wrong, or captions or files can't be used.
+    """
+    from library.data.captioning.merging import asked, merge
+
+    merge(asked(given, "tags"))
 
 
 if __name__ == "__main__":

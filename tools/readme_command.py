@@ -3,8 +3,9 @@
 Needs the standard library only: it runs before anything is installed.
 """
 
+import argparse
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -23,5 +24,17 @@ def readme_command(name: str, text: str | None = None) -> str:
     return str(found[0]).strip()
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one command. Returns the exit code: 0, or 2 where README.md holds no such command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", metavar="NAME", help="what stands in the comment, such as 'main job'")
+    name = parser.parse_args(argv).name
+    try:
+        print(readme_command(name))
+    except LookupError as error:
+        parser.error(str(error))
+    return 0
+
+
 if __name__ == "__main__":
-    print(readme_command(sys.argv[1]))
+    raise SystemExit(main())

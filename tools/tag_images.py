@@ -139,6 +139,7 @@ def _rules(given: argparse.Namespace) -> "Rules":
     Raises:
         UserError: with all that is wrong with the flags.
     """
+    from library.console import say
     from library.data.captioning.metadata_files import problem_with_output
     from library.data.captioning.store import problem_with_extension
     from library.data.captioning.tagger import thresholds
@@ -155,11 +156,6 @@ def _rules(given: argparse.Namespace) -> "Rules":
             problems.append(Problem(f"--{flag}", f"{getattr(given, flag)} isn't {least} or more"))
     if given.append_tags and given.overwrite:
         problems.append(Problem("--append_tags", "contradicts --overwrite", "give one of them"))
-    problems += [
-        Problem(f"--use_{what}_tags", f"contradicts --use_{what}_tags_as_last_tag", "give one of them")
-        for what in ONE_OF
-        if getattr(given, f"use_{what}_tags") and getattr(given, f"use_{what}_tags_as_last_tag")
-    ]
     if given.output_path is not None:
         problems += filter(None, [problem_with_output(given.output_path, "--output_path")])
     else:
@@ -175,13 +171,17 @@ def _rules(given: argparse.Namespace) -> "Rules":
         problems += fault.problems
     if problems:
         raise UserError(problems)
+    first_of = [what for what in ONE_OF if getattr(given, f"use_{what}_tags")]
+    last_of = [what for what in ONE_OF if getattr(given, f"use_{what}_tags_as_last_tag")]
+    for what in set(first_of).intersection(last_of):
+        say(f"--use_{what}_tags_as_last_tag: has no effect with --use_{what}_tags")
     return Rules(
         thresholds=thresholds(given.thresh, single),
         undesired=listed(given.undesired_tags, given.caption_separator),
         replacements=pairs,
         first=listed(given.always_first_tags, given.caption_separator),
-        first_of=[what for what in ONE_OF if getattr(given, f"use_{what}_tags")],
-        last_of=[what for what in ONE_OF if getattr(given, f"use_{what}_tags_as_last_tag")],
+        first_of=first_of,
+        last_of=[what for what in last_of if what not in first_of],
         characters_first=given.character_tags_first,
         expand_characters=given.character_tag_expand,
         remove_underscore=given.remove_underscore,

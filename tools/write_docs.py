@@ -1,13 +1,23 @@
-"""Write docs/options.md and docs/migrating.md from library/options. `--check` only says whether they are up to date."""
+"""Write docs/options.md and docs/migrating.md from library/options."""
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def main(argv: list[str]) -> int:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(description=__doc__)
+    found.add_argument("--check", action="store_true", help="only say whether they are up to date")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Write the pages, or check them; returns the exit code."""
+    given = parser().parse_args(argv)
     sys.path.insert(0, str(ROOT))
     from library.options.migrating import migrating_page
     from library.options.page import options_page
@@ -15,7 +25,7 @@ def main(argv: list[str]) -> int:
     stale = 0
     for name, page in (("options.md", options_page()), ("migrating.md", migrating_page())):
         target = ROOT / "docs" / name
-        if "--check" in argv:
+        if given.check:
             fresh = target.is_file() and target.read_text(encoding="utf-8") == page
             print(f"{target} is {'up to date' if fresh else 'out of date: run python tools/write_docs.py'}")
             stale += not fresh
@@ -27,4 +37,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

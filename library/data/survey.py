@@ -2,18 +2,34 @@
 
 import re
 import statistics
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from library.data.ahead import ahead
-from library.data.sources.images import EXTENSIONS, Damage, Header, probe
+from library.data.sources.caption_files import CAPTION_EXTENSIONS
+from library.data.sources.folders import list_pictures
+from library.data.sources.images import Damage, Header, probe
 from library.data.sources.reading import default_threads
 from library.data.sources.shelves import read_caption
+from library.errors import Problem
 
-CAPTION_EXTENSIONS = (".txt", ".caption")
 _NUMBERED = re.compile(r"(\d+)_(.+)")
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The caption files of one ending in a folder: first lines, files without any, and files that can't be read."""
+
+    texts: tuple[str, ...] = ()
+    empty: tuple[Path, ...] = ()
+    bad: tuple[Problem, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """All such files."""
+        return len(self.texts) + len(self.empty) + len(self.bad)
 
 
 @dataclass(frozen=True)
@@ -23,14 +39,14 @@ class FolderFacts:
     Attributes:
         sizes: upright (width, height) of those that can be read.
         bad: those that can't, with the reason.
-        captions: the first line of each caption file that was found, by its ending.
+        captions: of those that can be read, by ending, where there are any.
         repeats, words: what a name like `10_mycat cat` says; None and "" of any other.
     """
 
     folder: Path
     sizes: tuple[tuple[int, int], ...]
     bad: tuple[tuple[Path, str], ...]
-    captions: dict[str, tuple[str, ...]]
+    captions: dict[str, Captions]
     repeats: int | None = None
     words: str = ""
 
@@ -39,31 +55,54 @@ class FolderFacts:
         """Pictures that can be trained on."""
         return len(self.sizes)
 
-
-def look_at(top: Path) -> Iterator[FolderFacts]:
-    """The facts of `top` and of each folder directly in it, where pictures are."""
-    for folder in (top, *sorted(path for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))):
-        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-        pictures = [path for path in files if path.suffix.lower() in EXTENSIONS]
-        if pictures:
-            yield _facts(folder, pictures, set(files))
+    def extension(self, usual: str | None) -> str | None:
+        """The ending of captions that is taken here: `usual`, unless far more files have another one; None without."""
+        counts = {name: captions.count for name, captions in self.captions.items()}
+        most = max(counts, key=counts.__getitem__, default=None)
+        return usual if usual and most and 2 * counts.get(usual, 0) >= counts[most] else most
 
 
-def _facts(folder: Path, pictures: Sequence[Path], files: set[Path]) -> FolderFacts:
+def look_at(top: Path) -> tuple[list[FolderFacts], tuple[str, ...]]:
+    """The facts of every folder that pictures are in, from `top` down; and what was passed over, in a line each.
+
+    Raises:
+        OSError: `top` can't be read as a folder.
+    """
+    tree = list_pictures(top, recursive=True)
+    inside: dict[Path, list[Path]] = defaultdict(list)
+    for key in tree.keys:
+        path = top / key
+        inside[path.parent].append(path)
+    found = [_facts(folder, pictures, tree.folders[str(folder)]) for folder, pictures in sorted(inside.items())]
+    return found, tree.notices
+
+
+def _facts(folder: Path, pictures: Sequence[Path], names: Collection[str]) -> FolderFacts:
     threads = default_threads()
     headers = list(ahead(probe, pictures, threads=threads, depth=4 * threads))
+    pairs = list(zip(pictures, headers, strict=True))
     sizes = tuple(found.size for found in headers if isinstance(found, Header))
-    pairs = zip(pictures, headers, strict=True)
     bad = tuple((path, found.wrong) for path, found in pairs if isinstance(found, Damage))
+    good = [path for path, found in pairs if isinstance(found, Header)]
     captions = {}
     for extension in CAPTION_EXTENSIONS:
-        beside = [path.with_suffix(extension) for path in pictures if path.with_suffix(extension) in files]
-        texts = [read_caption(str(path)) for path in beside]
-        captions[extension] = tuple(text.partition("\n")[0] for text in texts if isinstance(text, str) and text)
+        beside = [path.with_suffix(extension) for path in good]
+        files = [path for path in dict.fromkeys(beside) if path.name in names]
+        if files:
+            captions[extension] = _captions(files)
     numbered = _NUMBERED.fullmatch(folder.name)
     if numbered is None:
         return FolderFacts(folder, sizes, bad, captions)
     return FolderFacts(folder, sizes, bad, captions, int(numbered[1]), numbered[2])
+
+
+def _captions(files: Sequence[Path]) -> Captions:
+    texts = [read_caption(str(path)) for path in files]
+    return Captions(
+        tuple(text.partition("\n")[0] for text in texts if isinstance(text, str) and text),
+        tuple(path for path, text in zip(files, texts, strict=True) if text == ""),
+        tuple(text for text in texts if isinstance(text, Problem)),
+    )
 
 
 def usual_side(folders: Sequence[FolderFacts]) -> int:
@@ -74,9 +113,10 @@ def usual_side(folders: Sequence[FolderFacts]) -> int:
 
 def usual_extension(folders: Sequence[FolderFacts]) -> str | None:
     """The ending that most caption files have; None where there are none."""
-    counts = Counter({name: sum(len(one.captions[name]) for one in folders) for name in CAPTION_EXTENSIONS})
-    name, count = counts.most_common(1)[0]
-    return name if count else None
+    counts: Counter[str] = Counter()
+    for one in folders:
+        counts.update({name: captions.count for name, captions in one.captions.items()})
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def are_tags(captions: Sequence[str]) -> bool:

@@ -67,11 +67,20 @@ def main(what: What, arguments: Sequence[str], description: str) -> int:
         help="with that, delete all other files of lorasmith, too, that a training with these very flags would not use",
     )
     parser.add_argument("--dry_run", action="store_true", help="only say what would be made, or deleted")
+    old = parser.add_argument_group("flags of sd-scripts' tools")
+    old.add_argument("--sdxl", action="store_true", help="checked: families are read")
+    old.add_argument("--skip_existing", action="store_true", help="nothing to do: files that are good always stay")
+    old.add_argument("--flux", action="store_true", help="refused: FLUX isn't trained here")
+    if what == "text":
+        old.add_argument("--t5xxl_dtype", metavar="DTYPE", help="nothing to do: no model here has a T5")
     own, rest = parser.parse_known_args(arguments)
     console.prepare_streams()
     job = Job(what, own.verify, own.prune or own.prune_others, own.prune_others, own.dry_run)
     try:
-        return _run(job, parse([*rest, *_FLAGS[what]], _NEEDS))
+        if own.flux:
+            raise UserError.single("--flux", "FLUX isn't trained here", "SD1, SD2 and SDXL are")
+        options = parse([*rest, *_FLAGS[what]], _NEEDS)
+        return _run(job, options, own)
     except UserError as error:
         return console.complain(error)
     except KeyboardInterrupt:
@@ -79,10 +88,17 @@ def main(what: What, arguments: Sequence[str], description: str) -> int:
         return 130
 
 
-def _run(job: Job, options: Options) -> int:
+def _run(job: Job, options: Options, own: argparse.Namespace) -> int:
     first = os.environ.get("RANK", "0") == "0"
     console.set_level(options.config.console_log_level or "INFO" if first else "ERROR")
     prepared = prepare_caching(options)
+    if own.sdxl and prepared.model.family.name != "sdxl":
+        wrong = f"{options.model.pretrained_model_name_or_path} is an {prepared.model.family.title} model"
+        raise UserError.single("--sdxl", wrong, "leave the flag out")
+    if own.skip_existing:
+        console.say("--skip_existing: nothing to do, files that are good always stay")
+    if getattr(own, "t5xxl_dtype", None) is not None:
+        console.say("--t5xxl_dtype: nothing to do, no model here has a T5")
     for line in prepared.notices:
         console.say(line)
     if not (job.makes or first):

@@ -238,3 +238,22 @@ def test_several_processes_share_the_work(data: Path, flags: list[str]) -> None:
         assert process.returncode == 0, process.stderr
         assert len(files(data, ending)) == 7
         assert tool(name)([*flags, "--verify"]) == 0
+
+
+@pytest.mark.parametrize("name", ["cache_latents", "cache_text_encoder_outputs"])
+def test_old_commands(data: Path, flags: list[str], capsys: pytest.CaptureFixture[str], name: str) -> None:
+    main, old = tool(name), ["--dry_run", "--skip_existing"]
+    if name == "cache_text_encoder_outputs":
+        old += ["--t5xxl_dtype", "fp16"]
+    assert main([*flags, *old]) == 0
+    told = capsys.readouterr().err
+    assert all(f"{flag}: nothing to do" in told for flag in old if flag.startswith(("--s", "--t")))
+    assert main([*flags, *old, "--sdxl"]) == 2
+    assert "--sdxl: " in (told := capsys.readouterr().err) and "is an SD1 model; leave the flag out" in told
+    assert main([*flags, "--flux"]) == 2
+    assert "--flux: FLUX isn't trained here" in capsys.readouterr().err
+
+
+def test_old_commands_for_sdxl(tiny_sdxl: Path, data: Path, flags: list[str]) -> None:
+    assert tool("cache_latents")([*flags, "--pretrained_model_name_or_path", str(tiny_sdxl), "--sdxl"]) == 0
+    assert len(files(data, "_sdxl.npz")) == 7

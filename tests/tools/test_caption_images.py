@@ -74,6 +74,31 @@ def test_blip_searches(models: dict[str, Path], pictures: Path, capsys: pytest.C
     assert "5 pictures got captions" in capsys.readouterr().err
 
 
+def test_commands_of_guis(
+    models: dict[str, Path], pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: list[str] = []
+
+    def found(name: str, _: str) -> Path:
+        names.append(name)
+        return models["blip"]
+
+    monkeypatch.setattr("library.data.captioning.captioner.find_model", found)
+    address = "https://storage.example.com/models/BLIP/models/model_large_caption.pth"
+    flags = ["--batch_size=1", "--top_p=0.9", "--max_length=12", "--min_length=5", f"--caption_weights={address}"]
+    assert run(pictures, *flags, "--num_beams=2", "--beam_search", "--caption_extension=.txt") == 0
+    expected = by_transformers(models["blip"], pictures, num_beams=2, max_length=12, min_length=5)
+    assert captions(pictures, ".txt") == expected
+    told = capsys.readouterr().err
+    assert "--top_p: has no effect with --beam_search" in told
+    assert "--caption_weights: Salesforce/blip-image-captioning-large is taken" in told
+    assert run(pictures, *flags, "--num_beams=3", "--caption_extension=.drawn") == 0
+    assert "--num_beams: has no effect without --beam_search" in capsys.readouterr().err
+    assert run(pictures, *flags, "--caption_extension=.plain") == 0
+    assert captions(pictures, ".drawn") == captions(pictures, ".plain")
+    assert set(names) == {"Salesforce/blip-image-captioning-large"}
+
+
 def test_git_takes_the_likeliest(models: dict[str, Path], pictures: Path) -> None:
     assert run(pictures, "--git", "--model_id", models["git"], *SHORT, "--batch_size", 2) == 0
     expected = by_transformers(models["git"], pictures, max_length=12)
@@ -154,6 +179,8 @@ def test_models_that_cannot_be_used(
         (("--git", "--model_id", models["blip"]), "--git: "),
         (("--model_id", models["git"], "--prompt", "a"), "--prompt: GIT models take none"),
         (("--model_id", models["blip"], "--max_length", 3, "--min_length", 4), "--min_length: 4 is more than"),
+        (("--model_id", models["blip"], "--max_length", 2, "--min_length", 0), "--max_length: 2 tokens leave none"),
+        (("--model_id", models["git"], "--max_length", 9000), "--max_length: 9000 tokens are more than"),
         (("--model_id", tmp_path), "is no captioner that is known"),
         (("--model_id", "nobody/nothing"), "nobody/nothing is not here, and HF_HUB_OFFLINE forbids"),
         (("--model_id", models["blip"], "--device", "nowhere"), "--device: nowhere can't be used"),
@@ -167,7 +194,7 @@ def test_models_that_cannot_be_used(
 
 
 def test_flags_are_checked_together_without_torch(pictures: Path) -> None:
-    arguments = [str(pictures), "--caption_weights", "model_large_caption.pth", "--num_beams", "3", "--batch_size", "0"]
+    arguments = [str(pictures), "--caption_weights", "mine.pth", "--batch_size", "0"]
     arguments += ["--top_p", "2", "--caption_extension", ".jpg", "--relative_paths"]
     code = f"""
 import sys
@@ -180,8 +207,7 @@ print(done, [name for name in ("torch", "transformers") if name in sys.modules])
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "2 []"
     for line in (
-        "--caption_weights: model_large_caption.pth is in the layout of BLIP's authors; use --model_id Salesforce/blip",
-        "--num_beams: has no meaning without --beam_search",
+        "--caption_weights: mine.pth is in the layout of BLIP's authors; use --model_id Salesforce/blip",
         "--batch_size: 0 isn't 1 or more",
         "--top_p: 2.0 isn't above 0",
         "--caption_extension: .jpg is what pictures end in",

@@ -2,13 +2,15 @@
 that trains."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from library.data.captioning.cleaning import clean_caption, clean_tags
 from tests.pictures import make_pictures
-from tests.programs import tool
+from tests.programs import ROOT, environment, tool
 
 
 def call(name: str, *words: object) -> int:
@@ -158,3 +160,15 @@ def test_a_file_is_cleaned_and_the_rest_of_it_kept(tmp_path: Path, capsys: pytes
     assert "tags of a is no text" in capsys.readouterr().err
     assert call("clean_captions", source) == 2
     assert call("clean_captions", source, target, "--only_tags", "--only_captions") == 2
+
+
+def test_nothing_heavy_is_imported_where_an_interrupt_would_not_be_told() -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tools import clean_captions, merge_captions_to_metadata, merge_tags_to_metadata
+print([name for name in ("numpy", "PIL", "pydantic") if name in sys.modules])
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"

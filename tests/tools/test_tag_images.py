@@ -83,6 +83,10 @@ def test_all_that_can_be_said_of_tags(pictures: Path, tagger: Path, capsys: pyte
     assert "--tag_replacement: this tagger has no tree" in err
     assert run(pictures, tagger, "--overwrite", "--thresh", 0.5, "--use_rating_tags_as_last_tag") == 0
     assert texts(pictures)["red"] == "1girl, saber_(armor)_(fate), sensitive\n"
+    both = ["--use_rating_tags", "--use_rating_tags_as_last_tag"]
+    assert run(pictures, tagger, "--overwrite", "--thresh", 0.5, *both) == 0
+    assert texts(pictures)["red"] == "sensitive, 1girl, saber_(armor)_(fate)\n"
+    assert "--use_rating_tags_as_last_tag: has no effect with --use_rating_tags" in capsys.readouterr().err
 
 
 def test_tags_are_added(pictures: Path, tagger: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +196,6 @@ def test_a_tagger_of_the_hub(
         (["--append_tags", "--overwrite"], ["--append_tags: contradicts --overwrite"]),
         (["--output_path", "a.csv"], ["--output_path: a.csv ends in .csv"]),
         (["--caption_extension", ".png"], ["--caption_extension: .png is what pictures end in"]),
-        (["--use_rating_tags", "--use_rating_tags_as_last_tag"], ["--use_rating_tags: contradicts"]),
         (["--repo_id", "/nowhere"], ["--repo_id: there is no folder /nowhere"]),
         (["--repo_id", "."], ["--repo_id: . holds no tagger"]),
     ],

@@ -1,4 +1,4 @@
-"""The flags that taggers and captioners have in common. Imports nothing but argparse."""
+"""The flags that taggers and captioners have in common, and the tools that merge. Imports nothing but argparse."""
 
 import argparse
 from pathlib import Path
@@ -25,3 +25,16 @@ def add_outputs(found: argparse.ArgumentParser, what: str, extension: str) -> ar
     group.add_argument("--overwrite", action="store_true", help=f"replace the {what} that are there")
     group.add_argument("--debug", action="store_true", help=f"say each picture's {what}")
     return group
+
+
+def add_merging(parser: argparse.ArgumentParser, field: str, extension: str) -> None:
+    """The flags of the tools that merge: `field` is what sidecar files with `extension` hold."""
+    parser.add_argument("train_data_dir", type=Path, metavar="FOLDER", help="pictures with such files beside them")
+    parser.add_argument("out_json", type=Path, metavar="OUT", help="metadata file, .json or .jsonl")
+    parser.add_argument("--in_json", type=Path, metavar="FILE", help="metadata to amend (default: OUT if it is there)")
+    ending = f"of the {field} files, also as --caption_extention (default: {extension})"
+    names = ("--caption_extension", "--caption_extention")
+    parser.add_argument(*names, dest="caption_extension", default=extension, metavar=".EXT", help=ending)
+    parser.add_argument("--full_path", action="store_true", help="entries are named by paths, not by names alone")
+    parser.add_argument("--recursive", action="store_true", help="folders inside FOLDER too; needs --full_path")
+    parser.add_argument("--debug", action="store_true", help="show every entry")
