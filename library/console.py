@@ -161,11 +161,14 @@ def error(line: str) -> None:
 
 
 def complain(fault: UserError) -> int:
-    """Say what a user did that can't be done, with the lines that were to be shown anyway. Returns exit code 2."""
+    """Say what a user did that can't be done, each thing once, with the lines that were to be shown anyway.
+
+    Returns exit code 2.
+    """
     for line in fault.notices:
         say(line)
-    for problem in fault.problems:
-        error(str(problem))
+    for line in dict.fromkeys(map(str, fault.problems)):
+        error(line)
     return 2
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from library import console
-from library.errors import UserError
+from library.errors import Problem, UserError
 from tests.programs import ROOT, environment
 
 
@@ -91,3 +91,13 @@ def test_what_a_signal_handler_says_reaches_the_file(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert told(path) == ["stopping after this step"] and run.stderr == ""
+
+
+def test_what_is_wrong_with_a_file_given_twice_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    problems = [
+        Problem("a.safetensors", "is damaged"),
+        Problem("b", "is no file"),
+        Problem("a.safetensors", "is damaged"),
+    ]
+    assert console.complain(UserError(problems)) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: a.safetensors: is damaged", "error: b: is no file"]

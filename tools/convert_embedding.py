@@ -32,7 +32,6 @@ _ENDINGS = {
     "separate": ("",),
 }
 _TRIGGER = "modelspec.trigger_phrase"
-_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -281,10 +280,9 @@ def _carried(metadata: Mapping[str, str], *, embedding: bool = False) -> dict[st
     """What of a file's text is still true in another layout, in the order of its names: readers give it in any.
     `embedding`: for a file without a network."""
     from library.weights.embedding_metadata import KIND, NETWORK, USAGE
+    from library.weights.loras.amended import STALE
 
-    found = {
-        name: text for name, text in sorted(metadata.items()) if name not in _HASHES and not name.startswith(USAGE)
-    }
+    found = {name: text for name, text in sorted(metadata.items()) if name not in STALE and not name.startswith(USAGE)}
     if embedding:
         kept = [name for name in found if name.startswith(("ss_", "modelspec.")) and not name.startswith(NETWORK)]
         found = {name: found[name] for name in kept}

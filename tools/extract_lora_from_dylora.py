@@ -10,20 +10,17 @@ alpha * sqrt(new rank / rank). LyCORIS' training divides by the ranks themselves
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from library.weights.loras.modules import FileModule
+    from library.weights.loras.lora import Module
 
 OURS, LYCORIS = "networks.dylora", "lycoris.kohya"
 _DEFAULT_UNITS = {OURS: 1, LYCORIS: 4}
 _ADVICE = "give a file that networks.dylora trained"
-_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,16 +41,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after one line that says what is wrong with the input."""
-    arguments = parser().parse_args(argv)
+    given = parser().parse_args(argv)
     sys.path.insert(0, str(ROOT))
-    from library.console import complain
-    from library.errors import UserError
+    from library.tool_script import run
 
-    try:
-        extract(arguments.model, arguments.save_to, arguments.unit)
-    except UserError as fault:
-        return complain(fault)
-    return 0
+    return run(lambda: extract(given.model, given.save_to, given.unit))
 
 
 def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
@@ -63,24 +55,22 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
         UserError: `model` is no plain LoRA, its metadata say that it is no DyLoRA or one of another unit, or there is
             no multiple of `unit` below its rank.
     """
+    _check(model, save_to)
     from library.console import say, warn
     from library.errors import UserError
-    from library.weights.files import read_metadata, read_tensors
-    from library.weights.loras.modules import group
-    from library.weights.outputs import LORA_ENDINGS, output_problems
-    from library.weights.save import save_lora
+    from library.weights.loras.lora import read, refuse_not_finite, write
 
-    if problems := list(output_problems(save_to, "--save_to", LORA_ENDINGS)):
-        raise UserError(problems)
-    modules = group(read_tensors(model), model)
-    metadata = read_metadata(model) if model.suffix == ".safetensors" else {}
-    if any(module.dora_scale is not None for module in modules.values()):
+    lora = read(model)
+    refuse_not_finite(lora)
+    metadata = lora.metadata
+    if any("dora_scale" in module.leaves for module in lora.modules.values()):
         raise UserError.single(str(model), "is a DoRA", _ADVICE)
-    if not modules:
-        raise UserError.single(str(model), "holds no LoRA", _ADVICE)
     if other := other_training(metadata):
         raise UserError.single(str(model), f"was trained by {other}, so its ranks have no order to cut by", _ADVICE)
-    rank, known = max(module.down.shape[0] for module in modules.values()), trained_unit(metadata)
+    if lora.layout in ("peft", "diffusers") and trained_unit(metadata) is None:
+        raise UserError.single(str(model), f"is a file of {lora.layout}, which trains no DyLoRA", _ADVICE)
+    rank = max(module.leaves["lora_down.weight"].shape[0] for module in lora.modules.values())
+    known = trained_unit(metadata)
     step = (known or 1) if unit is None else unit
     if not 0 < step < rank:
         raise UserError.single("--unit", f"{step} is not from 1 to below the file's rank {rank}", "use a smaller unit")
@@ -95,25 +85,42 @@ def extract(model: Path, save_to: Path, unit: int | None) -> list[Path]:
     written = []
     for kept in range(step, rank, step):
         path = save_to.with_name(f"{save_to.stem}-{kept:04d}{save_to.suffix}")
-        save_lora(dict(cut(modules, kept, scaled=scaled)), path, cut_metadata(metadata, rank, kept, scaled=scaled))
+        modules = {name: cut(module, kept, scaled=scaled) for name, module in lora.modules.items()}
+        write(lora.with_modules(modules, cut_metadata(metadata, rank, kept, scaled=scaled)), path)
         say(f"rank {kept} of {rank}: {path}")
         written.append(path)
     return written
 
 
-def cut(modules: "Mapping[str, FileModule]", kept: int, *, scaled: bool) -> "Iterator[tuple[str, Tensor]]":
-    """Key and tensor of a file with the first `kept` ranks of every module; a module that has fewer stays whole.
+def _check(model: Path, save_to: Path) -> None:
+    """Raises UserError with what names and headers alone tell."""
+    from library.errors import Problem, UserError
+    from library.models.pickles import read_weights
+    from library.weights.loras.modules import lycoris_kind
+    from library.weights.outputs import LORA_ENDINGS, output_problems
 
-    `scaled`: alphas follow the square root of the share of ranks that stay.
+    problems = list(output_problems(save_to, "--save_to", LORA_ENDINGS))
+    if not model.exists():
+        problems.append(Problem(str(model), "there is no such weight file"))
+    elif kind := lycoris_kind(read_weights(model, str(model)).entries):
+        problems.append(Problem(str(model), f"is {kind}", _ADVICE))
+    if problems:
+        raise UserError(problems)
+
+
+def cut(module: "Module", kept: int, *, scaled: bool) -> "Module":
+    """A module with the first `kept` of its ranks; one that has fewer stays whole.
+
+    `scaled`: alpha follows the square root of the share of ranks that stay.
     """
-    import torch
+    from dataclasses import replace
 
-    for name, module in modules.items():
-        rank = int(module.down.shape[0])
-        left = min(kept, rank)
-        yield f"{name}.lora_down.weight", module.down[:left].clone()
-        yield f"{name}.lora_up.weight", module.up[:, :left].contiguous()
-        yield f"{name}.alpha", torch.tensor(module.alpha * share(left, rank, scaled=scaled), dtype=torch.float32)
+    down, up = (module.leaves[f"lora_{way}.weight"] for way in ("down", "up"))
+    rank = int(down.shape[0])
+    left = min(kept, rank)
+    alpha = rank if module.alpha is None else module.alpha
+    leaves = {"lora_down.weight": down[:left].clone(), "lora_up.weight": up[:, :left].contiguous()}
+    return replace(module, leaves=leaves, alpha=alpha * share(left, rank, scaled=scaled))
 
 
 def share(kept: int, rank: int, *, scaled: bool) -> float:
@@ -123,12 +130,10 @@ def share(kept: int, rank: int, *, scaled: bool) -> float:
 
 def cut_metadata(metadata: Mapping[str, str], rank: int, kept: int, *, scaled: bool) -> dict[str, str]:
     """The file's metadata with the new rank and alpha; hashes of the old file are left out."""
-    found = {key: value for key, value in metadata.items() if key not in _STALE}
+    from library.weights.loras.amended import amended
+
     factor = share(kept, rank, scaled=scaled)
-    comment = found.get("ss_training_comment", "None")
-    tail = "" if comment == "None" else f"; {comment}"
-    found["ss_training_comment"] = f"split from DyLoRA, rank {rank} to {kept}{tail}"
-    found["ss_network_dim"] = str(kept)
+    found = amended(metadata, dim=kept, comment=f"split from DyLoRA, rank {rank} to {kept}")
     if (alpha := _number(found.get("ss_network_alpha"))) is not None:
         found["ss_network_alpha"] = str((alpha or rank) * factor)
     arguments = network_args(found)

@@ -8,8 +8,9 @@
 Without a dynamic method every module gets --new_rank. With one, each gets the rank that it needs, at most --new_rank:
 sv_ratio P keeps values above the greatest / P; sv_cumulative P the fewest that add up to the share P of all;
 sv_fro P the fewest that keep the share P of the Frobenius norm. A rank above a module's own changes nothing there.
-LoCon, LoHa and LoKr modules become plain LoRA modules, and of a DoRA the direction is resized. A table says what each
-block had, has and kept. The output has the layout of the input; it may replace it.
+LoCon, LoHa and LoKr modules become plain LoRA modules, and of a DoRA the direction is resized. All new modules have
+one alpha, which every program takes for what it is. A table says what each block had, has and kept. The output has the
+layout of the input; it may replace it.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def work(given: argparse.Namespace) -> None:
     lora = read(given.model)
     if given.target_size_mb is not None:
         criterion = criterion_for_size(
-            lora, criterion, limits, dtype, int(given.target_size_mb * MEGABYTE), device=device
+            lora, criterion, limits, dtype, int(given.target_size_mb * MEGABYTE), device, given.save_to.name
         )
         say(f"--target_size_mb {given.target_size_mb:g}: picked {_flags(criterion)}")
     found = resized(lora, criterion, limits, dtype, device)
@@ -125,7 +126,7 @@ def _dynamic_problems(given: argparse.Namespace) -> "Iterable[Problem]":
 
     target = given.target_size_mb
     if target is not None:
-        if target <= 0:
+        if not 0 < target < MEGABYTE:
             yield Problem(f"--target_size_mb {target:g}", "is no size", "give millions of bytes")
         if given.dynamic_param is not None:
             yield Problem("--dynamic_param", "is what --target_size_mb chooses", "leave out one of the two")

@@ -63,6 +63,7 @@ class Family:
         usual_clip_skips: what its models are made for, the default first.
         takes_sizes: its U-Net is told the picture's size and the crop's place.
         fp16_fragile_vae: its usual VAE overflows in float16.
+        conv_projections: `proj_in` and `proj_out` of its U-Net are 1x1 convolutions; else they are Linear.
     """
 
     name: FamilyName
@@ -79,6 +80,7 @@ class Family:
     probes_prediction: bool = False
     takes_sizes: bool = False
     fp16_fragile_vae: bool = False
+    conv_projections: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -105,6 +107,7 @@ SD1 = Family(
     unet_key=diffusers_key,
     blocks=_SD_BLOCKS,
     usual_clip_skips=(1, 2),
+    conv_projections=True,
 )
 SD2 = Family(
     name="sd2",

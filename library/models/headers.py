@@ -90,6 +90,8 @@ def read_header(path: Path, where: str | None = None) -> Header:
                 raise UserError.single(place, _not_safetensors(start, length, size), _AGAIN)
             file.seek(8)
             raw = file.read(length)
+    except IsADirectoryError as error:
+        raise UserError.single(place, "is a folder", "name a file in it") from error
     except OSError as error:
         raise UserError.single(place, f"can't be read ({error.strerror})") from error
     try:

@@ -80,6 +80,8 @@ def read_weights(path: Path, where: str, *, loose: bool = False) -> Header:
                 raise UserError.single(where, wrong, _AGAIN)
             zipped = start.startswith(b"PK")
             root, places = _zipped(file, where) if zipped else _legacy(file, where)
+    except IsADirectoryError as error:
+        raise UserError.single(where, "is a folder", "name a file in it") from error
     except OSError as error:
         raise UserError.single(where, f"can't be read ({error.strerror})") from error
     size = path.stat().st_size

@@ -39,7 +39,7 @@ def check_file(
         for key, tensor in tensors.items():
             if tuple(tensor.shape) != tuple(expected[key]):
                 raise BadWeightsError(f"{place}: {key} has shape {tuple(tensor.shape)}, not {tuple(expected[key])}")
-    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise BadWeightsError(f"{place}: {len(bad)} of {len(tensors)} tensors are not finite, e.g. {bad[0]}")
     return [
@@ -48,6 +48,12 @@ def check_file(
         for part in trained_parts
         if _all_zero(tensors, part)
     ]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; those of 8 bits are looked at as wider ones, which torch can compute with."""
+    wide = tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+    return bool(torch.isfinite(wide).all())
 
 
 def _all_zero(tensors: Mapping[str, Tensor], part: str) -> bool:

@@ -43,8 +43,9 @@ def atomic_write(path: Path, verify: Callable[[Path], None] | None = None) -> It
     """Open a file that becomes `path` only if the block, and `verify` of the written file, end without an error.
 
     The bytes go to a temporary name in the same folder, then to the disk (file and folder are synced). On an error the
-    temporary file is deleted and an older `path` stays as it was.
+    temporary file is deleted and an older `path` stays as it was. A link stays one: what it leads to is replaced.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     temporary = Path(name)
@@ -139,6 +140,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises UserError if there is no such file, or it can't be read as what its name says.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError.single(str(path), "is a folder", "name a file in it")
     if not path.is_file():
         raise UserError.single(str(path), "there is no such weight file")
     try:

@@ -158,6 +158,11 @@ def test_numbers_that_are_not_finite_break_a_file(
     printed = capsys.readouterr().out
     assert "1 not finite: " in printed
     assert printed.rstrip().endswith("broken")
+    tensors = load_file(files("bf16"))
+    next(tensor for key, tensor in tensors.items() if key.endswith(".alpha")).fill_(float("nan"))
+    save_file(tensors, path)
+    found = checked(main, capsys, path, code=1)
+    assert sum(one["not_finite"] == ["alpha"] for one in found["modules"]) == 1
 
 
 def test_a_file_of_which_no_program_takes_anything_is_broken(main: Main, tmp_path: Path, capsys: Capture) -> None:

@@ -149,7 +149,7 @@ def test_damaged_files_leave_nothing(how: lora_files.Damage, tiny_sd1: Path, tmp
     assert convert(path, tmp_path / "b.safetensors", "--to", "peft") == 2
     said = capsys.readouterr().err.strip()
     assert "\n" not in said
-    assert str(tmp_path) in said
+    assert said.startswith(f"error: {path}: ")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -162,10 +162,34 @@ def test_what_is_wrong_is_said_at_once(tiny_sd1: Path, tiny_sd1_file: Path, tmp_
     assert "is a base model, not a LoRA" in capsys.readouterr().err
     save_file({"emb_params": torch.ones(2, 32)}, tmp_path / "e.safetensors")
     assert convert(tmp_path / "e.safetensors", tmp_path / "x.safetensors", "--to", "peft") == 2
-    assert "is an embedding" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is an embedding" in said
+    assert "--weights" not in said
+    assert convert(tmp_path, tmp_path / "x.safetensors", "--to", "peft") == 2
+    assert "is a folder; " in capsys.readouterr().err
     path = lora_files.write_kohya(tmp_path / "a.safetensors", tiny_sd1)
     assert convert(path, path / "x.safetensors", "--to", "peft") == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_one_alpha_leaves_modules_that_have_it_as_they_are(tiny_sd1: Path, tmp_path: Path, capsys: Any) -> None:
+    """Powers of 2 are exact in any dtype; other layouts than kohya's need no warning."""
+    path = lora_files.write_kohya(tmp_path / "a.safetensors", tiny_sd1, alpha=2.0, dtype=torch.bfloat16)
+    tensors = load_file(path)
+    odd = [key for key in tensors if key.endswith("attn1_to_q.alpha")]
+    save_file(tensors | {key: torch.tensor(0.5) for key in odd}, path, lora_files.metadata_of(path))
+    assert convert(path, tmp_path / "b.safetensors", "--to", "peft") == 0
+    assert "--one_alpha" not in capsys.readouterr().err
+    assert convert(path, tmp_path / "b.safetensors", "--to", "kohya") == 0
+    assert f"diffusers would give {len(odd)} modules another's" in capsys.readouterr().err
+    assert convert(path, tmp_path / "b.safetensors", "--to", "kohya", "--one_alpha") == 0
+    before, after = load_file(path), load_file(tmp_path / "b.safetensors")
+    assert {float(tensor) for key, tensor in after.items() if key.endswith("alpha")} == {2.0}
+    for key, tensor in after.items():
+        name, _, leaf = key.partition(".")
+        if leaf != "alpha":
+            scale = 0.25 if leaf == "lora_up.weight" and f"{name}.alpha" in odd else 1.0
+            assert torch.equal(tensor, before[key] * scale), key
 
 
 def test_help_comes_without_torch() -> None:

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from library.models.lora_targets import LoraTarget
 from library.weights.files import read_metadata
 from library.weights.hashes import lora_hashes
+from library.weights.loras.lora import read, write
 from library.weights.save import save_lora
 from networks import dylora, lora
 from networks.lora_args import LoraArgs
 from networks.lora_layers import RandomContext
+from tests import lora_files
 from tests.networks.tiny_families import fill, forward, load_text_encoder, load_unet
 from tests.programs import ROOT, environment, tool
 
@@ -137,7 +139,7 @@ def test_alphas_of_lycoris_stay_and_torch_files_work(tmp_path: Path, capsys: pyt
     cut = torch.load(tmp_path / "b-0002.pt", weights_only=True)
     assert cut["lora_unet_x.alpha"] == 2.0
     assert not (tmp_path / "b-0001.pt").exists()
-    assert "metadata" not in capsys.readouterr().err
+    assert "its metadata" not in capsys.readouterr().err
     torch.save(tensors, tmp_path / "c.ckpt")
     assert extract("--model", tmp_path / "c.ckpt", "--save_to", tmp_path / "d.safetensors") == 0
     assert "c.ckpt: its metadata don't say how it was trained" in capsys.readouterr().err
@@ -196,6 +198,44 @@ def test_what_contradicts_the_metadata_is_refused(
     assert (says or "rank") in error
     assert "metadata" not in error
     assert bool(list(tmp_path.glob("cut*"))) == (says is None)
+
+
+def test_any_layout_is_cut_and_kept(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "p.safetensors"
+    write(read(trained), path, layout="peft")
+    for model in (trained, path):
+        assert extract("--model", model, "--save_to", tmp_path / f"{model.stem}-cut.safetensors", "--unit", 4) == 0
+    ours, cut = (read(tmp_path / f"{model.stem}-cut-0004.safetensors") for model in (trained, path))
+    assert cut.layout == "peft"
+    assert cut.modules.keys() == ours.modules.keys()
+    for name, module in cut.modules.items():
+        assert module.alpha == pytest.approx(ours.modules[name].alpha)
+        assert all(torch.equal(tensor, ours.modules[name].leaves[leaf]) for leaf, tensor in module.leaves.items())
+    save_file(load_file(path), path)
+    assert extract("--model", path, "--save_to", tmp_path / "other.safetensors") == 2
+    assert "is a file of peft, which trains no DyLoRA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["place", "pickle", "nan", "factors", "folder"])
+def test_damage_is_one_line(what: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, target = trained, tmp_path / "cut.safetensors"
+    if what == "place":
+        target = trained / "x.safetensors"
+    elif what == "pickle":
+        model = tmp_path / "a.pt"
+        model.write_bytes(b"abc")
+    elif what == "nan":
+        lora_files.damage(trained, "nan")
+    elif what == "folder":
+        model = tmp_path
+    else:
+        key = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
+        save_file(load_file(trained) | {key: torch.ones(7, 64, 1, 1)}, trained, METADATA)
+    assert extract("--model", model, "--save_to", target) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ")
+    assert "\n" not in said
+    assert not list(tmp_path.glob("cut*"))
 
 
 def test_help_needs_no_torch() -> None:

@@ -88,7 +88,7 @@ def test_metadata_say_what_was_done(made: Path, tmp_path: Path) -> None:
     assert "modelspec.hash_sha256" not in told
     kept = before.keys() & told.keys() - {
         *("ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_training_comment", "sshs_model_hash"),
-        "sshs_legacy_hash",
+        *("sshs_legacy_hash", "ss_output_name"),
     }
     assert {key: told[key] for key in kept} == {key: before[key] for key in kept}
     assert len(kept) > 5
@@ -124,7 +124,8 @@ def test_dynamic_methods_keep_what_they_need(
         exact = next(k for k in range(1, len(s) + 1) if shares[method](k))
         assert found[name] == min(exact + legacy, 4, len(s)), name
     told = read_metadata(after)
-    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+    alphas = {float(tensor) for key, tensor in load_file(after).items() if key.endswith(".alpha")}
+    assert (told["ss_network_dim"], {float(told["ss_network_alpha"])}) == ("Dynamic", alphas)
     assert f"{method} {parameter}" in told["ss_training_comment"]
 
 
@@ -142,6 +143,43 @@ def test_target_size_is_reached_from_below(
     assert picked[1] == (method or "sv_fro")
     assert resize("--model", made, "--save_to", again, *picked, "--new_rank", 99) == 0
     assert ranks(after) == ranks(again)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft", "diffusers"])
+def test_a_file_is_never_larger_than_its_target(made: Path, tmp_path: Path, layout: str) -> None:
+    """peft's settings name the rank of every module that hasn't the commonest one."""
+    before, after = tmp_path / "before.safetensors", tmp_path / f"{'long' * 9}.safetensors"
+    assert tool("convert_lora")([str(made), str(before), "--to", layout]) == 0
+    for target in (0.5, 0.75, 0.91):
+        words = ["--target_size_mb", target, "--dynamic_method", "sv_ratio", "--save_precision", "fp16"]
+        assert resize("--model", before, "--save_to", after, *words) == 0
+        assert 0.6 * target * 1e6 < after.stat().st_size <= target * 1e6
+
+
+def with_factors(made: Path, scale: float) -> dict[str, Tensor]:
+    """The file's up-factors multiplied in place; the changes that it makes then."""
+    tensors = {key: tensor * (scale if "lora_up" in key else 1) for key, tensor in load_file(made).items()}
+    save_file(tensors, made, read_metadata(made))
+    return products(made)
+
+
+def test_float16_keeps_the_digits_of_small_changes(made: Path, tmp_path: Path) -> None:
+    """Singular values of 1e-5 would be below what float16 holds fully, were all of them in one factor."""
+    old, after = with_factors(made, 1e-5), tmp_path / "out.safetensors"
+    assert resize("--model", made, "--save_to", after, "--new_rank", 3, "--save_precision", "fp16") == 0
+    for name, matrix in products(after).items():
+        expected = cut(old[name], 3)
+        assert float((matrix - expected).norm()) <= 1e-3 * float(expected.norm()), name
+
+
+def test_what_float16_cannot_hold_is_told_of_the_output(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_factors(made, 1e12)
+    assert resize("--model", made, "--save_to", tmp_path / "out.safetensors", "--save_precision", "fp16") == 2
+    said = capsys.readouterr().err
+    assert "too large for float16" in said
+    assert "use --save_precision float or bf16" in said
 
 
 def test_a_size_that_no_rank_reaches_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,6 +264,8 @@ def test_it_may_replace_its_input_and_write_pickles(made: Path, tmp_path: Path) 
         (["--dynamic_method", "sv_fro", "--dynamic_param", "1.5"], "1.5 is no share"),
         (["--dynamic_method", "sv_ratio", "--dynamic_param", "0"], "0 is below 1"),
         (["--target_size_mb", "-1"], "is no size"),
+        (["--target_size_mb", "nan"], "nan: is no size"),
+        (["--target_size_mb", "inf"], "inf: is no size"),
         (["--target_size_mb", "1", "--dynamic_param", "0.9"], "leave out one of the two"),
         (["--save_to", "out.bin"], "ends in .bin"),
         (["--save_to", "pyproject.toml/out.pt"], "pyproject.toml is no folder"),

@@ -97,6 +97,18 @@ def test_a_failure_midway_leaves_the_old_file_and_nothing_else(tmp_path: Path, w
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder/real")
+    for text in (b"new", b"newer"):
+        with atomic_write(tmp_path / "link") as file:
+            file.write(text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "folder/real").read_bytes() == text
+    with pytest.raises(UserError, match="is a folder"):
+        read_tensors(tmp_path / "folder")
+
+
 def test_a_new_file_has_ordinary_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     with atomic_write(tmp_path / "a") as file:

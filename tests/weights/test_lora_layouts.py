@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
@@ -14,6 +16,7 @@ from library.weights.loras.forms import delta
 from library.weights.loras.lora import LAYOUTS, Layout, Lora, family_of, read, write
 from library.weights.loras.peft import SETTINGS
 from tests import lora_files
+from tests.programs import tool
 
 Finder = Callable[[str], Path]
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -180,6 +183,15 @@ def test_pickles_are_read_and_written(tiny_sd1: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "diffusers.pt").modules.keys() == lora.modules.keys()
 
 
+def test_a_large_file_is_announced(tiny_sd1: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    lora = read(lora_files.write_kohya(tmp_path / "k.safetensors", tiny_sd1))
+    write(lora, tmp_path / "small.safetensors")
+    assert not capsys.readouterr().err
+    monkeypatch.setattr("library.weights.loras.lora._SLOW", 10)
+    write(lora, tmp_path / "large.safetensors")
+    assert "writing large.safetensors" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match")
 def test_only_pefts_layout_has_its_settings(tiny_sd1: Path, tmp_path: Path) -> None:
     path = lora_files.write_peft(tmp_path / "p.safetensors", tiny_sd1, rank=4, alpha=2.0, rank_pattern={"to_q": 2})
@@ -241,6 +253,13 @@ PEFT = {"unet.mid_block.x.lora_A.weight": torch.ones(4, 8), "unet.mid_block.x.lo
         ({"lora_unet_x.hada_w1_a": torch.ones(4, 8)}, {}, "lora_unet_x lacks hada_w1_b"),
         (up() | {"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.ones(2)}, {}, "alpha is 2 numbers"),
         ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(1, 1)}, {}, "is made for Flux"),
+        (up() | {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(4)}, {}, "that don't fit"),
+        (up() | {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(4, 0)}, {}, r"shape \(4, 0\)"),
+        ({key: tensor.long() for key, tensor in up().items()}, {}, "has a lora_(up|down).weight of int64"),
+        (up() | {"lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight": torch.ones(4, 5, 3, 3)}, {}, "don't fit"),
+        ({f"lora_unet_x.hada_w{n}_{ab}": torch.ones(4, 2 + n) for n in (1, 2) for ab in "ab"}, {}, "don't fit"),
+        ({f"lora_unet_x.hada_w{n}_{ab}": torch.ones(n * n, 4) for n in (1, 2) for ab in "ab"}, {}, "don't fit"),
+        ({"lora_unet_x.lokr_w1": torch.ones(4), "lora_unet_x.lokr_w2": torch.ones(4, 4)}, {}, "don't fit"),
         (PEFT, {SETTINGS: "{"}, "are no JSON"),
         (PEFT, {SETTINGS: "[]"}, "are no JSON object"),
         (PEFT, {SETTINGS: '{"unet.lora_alpha": "four"}'}, "have unet.lora_alpha = four"),
@@ -273,10 +292,86 @@ def test_a_module_under_two_names_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("version", ["None", "sd_v1", "SDXL 1.0", "stable-diffusion-xl-base-1.0", ""])
+def test_metadata_dont_rename_what_names_tell(version: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """And what other programs list the file by is written right."""
+    told = {"ss_base_model_version": version, "ss_v2": "True", "a": "b"} if version else {}
+    path = lora_files.write_kohya(tmp_path / "k.safetensors", tiny_sdxl, metadata=told)
+    lora = read(path)
+    assert lora.modules.keys() == {key.partition(".")[0] for key in load_file(path)}
+    write(lora, tmp_path / "new.safetensors")
+    found = lora_files.metadata_of(tmp_path / "new.safetensors")
+    assert (found["ss_base_model_version"], found["ss_v2"]) == ("sdxl_base_v1-0", "False")
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "2.0")
+    assert (found["ss_output_name"], found.get("a")) == ("new", told.get("a"))
+
+
+def test_hashes_of_an_older_file_and_unknown_families(tiny_sd1: Path, tmp_path: Path) -> None:
+    lora = read(lora_files.write_kohya(tmp_path / "k.safetensors", tiny_sd1))
+    write(lora, tmp_path / "new.safetensors", layout="peft")
+    found = lora_files.metadata_of(tmp_path / "new.safetensors")
+    assert "modelspec.hash_sha256" not in found
+    assert found["sshs_model_hash"] != lora.metadata["sshs_model_hash"]
+    assert found["ss_output_name"] == "tiny"
+    attention = {name: module for name, module in lora.modules.items() if "_attn1_" in name}
+    assert family_of(lora.with_modules(attention, {})) is None
+    write(lora.with_modules(attention, {}), tmp_path / "new.safetensors")
+    assert "ss_base_model_version" not in lora_files.metadata_of(tmp_path / "new.safetensors")
+
+
+def test_the_first_text_encoder_of_sdxl_alone_comes_back(tiny_sdxl: Path, tmp_path: Path) -> None:
+    path = lora_files.write_kohya(tmp_path / "k.safetensors", tiny_sdxl, metadata={})
+    only = {key: tensor for key, tensor in load_file(path).items() if key.startswith("lora_te1_")}
+    save_file(only, path)
+    write(read(path), tmp_path / "p.safetensors", layout="peft")
+    write(read(tmp_path / "p.safetensors"), tmp_path / "k2.safetensors", layout="kohya")
+    assert load_file(tmp_path / "k2.safetensors").keys() == only.keys()
+
+
+@pytest.mark.parametrize("scale", [0.1, 1e4])
+def test_files_of_eight_bits_are_written(scale: float, tiny_sd1: Path, tmp_path: Path) -> None:
+    path = lora_files.write_kohya(tmp_path / "k.safetensors", tiny_sd1, dtype=torch.float8_e5m2, scale=scale)
+    write(read(path), tmp_path / "p.safetensors", layout="peft")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "p.safetensors").values()} == {torch.float8_e5m2}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_itself_saves(rslora: bool, tiny_sd1: Path, tmp_path: Path, capsys: Any) -> None:
+    """Its settings stand in a file beside it, and count as they do for peft."""
+    unet: Any = lora_files.parts(lora_files.pipeline(tiny_sd1))["unet"]
+    patterns = {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_v": 7}}
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=["to_k", "to_v"], use_rslora=rslora, **patterns)
+    model: Any = get_peft_model(unet, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path)
+    found = read(tmp_path / "adapter_model.safetensors").modules
+    layers = {name: layer for name, layer in unet.named_modules() if hasattr(layer, "get_delta_weight")}
+    assert len(found) == len(layers)
+    for name, layer in layers.items():
+        ours = delta(found[f"lora_unet_{name.replace('.', '_')}"])
+        assert ours is not None
+        torch.testing.assert_close(ours.float(), layer.get_delta_weight("default"), rtol=1e-5, atol=1e-5)
+    loaded: Any = lora_files.pipeline(tiny_sd1)
+    loaded.load_lora_weights(tmp_path, weight_name="adapter_model.safetensors")
+    assert not any(hasattr(module, "lora_A") for module in loaded.unet.modules())
+    capsys.readouterr()
+    assert tool("check_lora")([str(tmp_path / "adapter_model.safetensors"), "--json"]) == 1
+    assert not any(one["taken"] for one in json.loads(capsys.readouterr().out)[0]["programs"].values())
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"adapter_config.json: its settings are no JSON object"):
+        read(tmp_path / "adapter_model.safetensors")
+
+
 def test_numbers_that_are_not_finite_are_not_written(tiny_sd1: Path, tmp_path: Path) -> None:
     lora = read(lora_files.damage(lora_files.write_kohya(tmp_path / "x.safetensors", tiny_sd1), "nan"))
-    with pytest.raises(UserError, match=r"not finite.*x.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"x.safetensors: 1 of its tensors are not finite.*the file is damaged"):
         write(lora, tmp_path / "y.safetensors")
+    alpha = {name: replace(module, alpha=float("nan")) for name, module in lora.modules.items()}
+    with pytest.raises(UserError, match=r"x.safetensors: .*\.alpha; the file is damaged"):
+        write(lora.with_modules(dict([*alpha.items()][-1:]), {}), tmp_path / "y.safetensors", layout="peft")
     good = read(lora_files.write_kohya(tmp_path / "x.safetensors", tiny_sd1, scale=1e5))
     with pytest.raises(UserError, match=r"not finite.*use bf16 or float"):
         write(good, tmp_path / "y.safetensors", dtype=torch.float16)

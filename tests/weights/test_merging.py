@@ -15,9 +15,9 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.families import SD1, SD2, SDXL
-from library.weights.loras.lora import Lora, Module
+from library.weights.loras.lora import Lora, Module, family_of
 from library.weights.loras.merged_metadata import merged_metadata
-from library.weights.loras.merging import Weighted, check_families, family_of, merged
+from library.weights.loras.merging import Weighted, check_families, merged
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_mid_block_resnets_0_conv1"
@@ -133,6 +133,17 @@ def test_taking_out_undoes_joining(dtype: torch.dtype) -> None:
         assert off(change(kept), wanted) < bound
 
 
+def test_what_is_taken_away_rounds_nothing_off() -> None:
+    """The numbers of the file that is taken away are used as they are, whatever its dtype: what is left of a sum in
+    float32 is small against a bfloat16's rounding, and stays."""
+    faint = file(module(shape=(64, 48), rank=4, scale=0.02))
+    other = file(module(shape=(64, 48), rank=6, seed=2, dtype=torch.bfloat16), name="b")
+    both = merged([Weighted(faint), Weighted(other)])
+    back = merged([Weighted(both.lora), Weighted(other)], unmerge=True)
+    assert back.modules[0].after == 4
+    assert off(change(back.lora.modules[NAME]), change(faint.modules[NAME])) < 1e-3
+
+
 @pytest.mark.parametrize("more", [{"rank": 4}, {"unmerge": True}])
 def test_a_and_minus_a_leave_nothing(more: dict[str, Any]) -> None:
     one = file(module(rank=4), module(CONV, (8, 6, 3, 3)))
@@ -160,7 +171,8 @@ def test_a_linear_layer_and_a_1x1_convolution_are_one() -> None:
     linear, conv = file(module()), file(module(shape=(12, 10, 1, 1), seed=1), name="b")
     done = merged([Weighted(linear), Weighted(conv)])
     wanted = change(linear.modules[NAME]) + change(conv.modules[NAME]).flatten(1)
-    assert off(change(done.lora.modules[NAME]), wanted) < 1e-6
+    assert done.lora.modules[NAME].leaves["lora_down.weight"].shape == (6, 10, 1, 1)
+    assert off(change(done.lora.modules[NAME]).flatten(1), wanted) < 1e-6
 
 
 def with_leaf(one: Module, leaf: str, tensor: Tensor) -> Module:
@@ -170,7 +182,7 @@ def with_leaf(one: Module, leaf: str, tensor: Tensor) -> Module:
 @pytest.mark.parametrize(
     ("other", "wrong"),
     [
-        (file(module(shape=(12, 11)), name="b"), "can't be added"),
+        (file(module(shape=(12, 11)), name="b"), "don't go together"),
         (file(with_leaf(module(), "dora_scale", torch.ones(12, 1)), name="b"), "b.safetensors: is a DoRA"),
         (file(Module(NAME, {"weight": torch.ones(12), "on_input": torch.ones(())}), name="b"), "no LoRA's"),
         (file(module(scale=float("nan")), name="b"), "not finite"),
@@ -259,7 +271,11 @@ def test_metadata_of_a_merged_file() -> None:
 
 
 def test_different_ranks_are_dynamic() -> None:
-    done = merged([Weighted(file(module(), module(TEXT, rank=5)))])
+    """Ranks differ; alpha is one for all, the commonest rank, and every change is what it was."""
+    one = file(module(), module(TEXT, rank=5), module(CONV, (8, 6, 3, 3), rank=5))
+    done = merged([Weighted(one)])
+    assert {made.alpha for made in done.lora.modules.values()} == {5.0}
+    assert all(off(change(made), change(one.modules[name])) < 1e-6 for name, made in done.lora.modules.items())
     found = merged_metadata([file(module())], done.lora.modules, None, title="x", date=DATE)
-    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("Dynamic", "5.0")
     assert found["ss_base_model_version"] == "sd_v1"

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Hashes of the file that it was; a writer puts the new file's there."""
+NAME = "ss_output_name"
+"""What prompts of A1111 can call the file, however it is renamed."""
 
 
 def amended(
@@ -13,9 +15,11 @@ def amended(
 
     Args:
         dim, alpha: of the new file, `Dynamic` where modules differ; None keeps what is there.
-        comment: what was done, put before `ss_training_comment`.
+        comment: what was done, put before `ss_training_comment`; the file is another one then, so that it is no longer
+            called `ss_output_name`, which a writer fills in anew.
     """
-    found = {key: value for key, value in metadata.items() if key not in STALE}
+    gone = (*STALE, NAME) if comment else STALE
+    found = {key: value for key, value in metadata.items() if key not in gone}
     if dim is not None:
         found["ss_network_dim"] = str(dim)
     if alpha is not None:

@@ -62,7 +62,7 @@ def check(path: Path) -> Checked:
         keys,
         tuple(sorted({entry.dtype for key, entry in entries.items() if not key.endswith(".alpha")})),
         modules,
-        verdicts(keys, family, lora.metadata),
+        verdicts(keys, family, lora.metadata, lora.modules),
         tuple(strangers(keys, family)),
         tuple(other_sizes(keys, family)),
         tuple(metadata_gaps(lora.metadata, family, ranks, path)),

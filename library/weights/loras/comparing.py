@@ -128,9 +128,8 @@ def _pair(one: Lora, other: Lora, name: str, device: torch.device | None) -> Pai
     norms = _finite(norm(left), one.path, name), _finite(norm(right), other.path, name)
     magnitudes = _magnitudes(first, second)
     _finite(magnitudes, other.path, name)
-    return Pair(
-        name, norms, inner(left, right), distance(left, right, name), (left.rank, right.rank), magnitudes=magnitudes
-    )
+    apart = distance(left, right, f"{one.path} and {other.path}: {name}")
+    return Pair(name, norms, inner(left, right), apart, (left.rank, right.rank), magnitudes=magnitudes)
 
 
 def _finite(number: float, path: Path, name: str) -> float:
@@ -156,11 +155,6 @@ def _whole(path: Path, other_path: Path, first: Module, second: Module, device: 
     left, right = left.flatten(), right.flatten()
     norms = _finite(float(left.norm()), path, first.name), _finite(float(right.norm()), other_path, first.name)
     return Pair(first.name, norms, float(left @ right), float((left - right).norm()))
-
-
-def _stored(module: Module) -> Tensor:
-    """All numbers of a module."""
-    return torch.cat([module.leaves[leaf].double().flatten() for leaf in sorted(module.leaves)])
 
 
 def _magnitudes(first: Module, second: Module) -> float:

@@ -4,14 +4,17 @@ names with; and what its metadata lack.
 What a program makes of the numbers is not looked at, except where it is known to compute something else.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from library.models.families import FAMILIES, Family
 from library.weights.edit_metadata import content_hash
+from library.weights.loras.alphas import otherwise_in_diffusers
+from library.weights.loras.lora import Module
 from library.weights.loras.lycoris import Kind
 from library.weights.loras.spelled import OFT_PREFIX, Found, Keys, Place, is_last_layer, places, plain_name
 from library.weights.metadata import MINIMUM
@@ -19,6 +22,7 @@ from library.weights.metadata import MINIMUM
 Takes = Literal["all", "some", "none"]
 _QUARTET = re.compile(r"(.+_self_attn)_(q|k|v|out)_proj")
 _HASHES = ("sshs_model_hash", "modelspec.hash_sha256")
+_WRAPPED = "base_model.model."
 _LATE_UPSAMPLER = "lora_unet_up_blocks_0_upsamplers_0_conv"
 _DROPPED_SCALE = "dora_scale is left out, so that the file acts as another LoRA than it is"
 
@@ -54,9 +58,24 @@ def _has_two(family: Family) -> bool:
     return len(family.text_encoders) > 1
 
 
-def verdicts(keys: Keys, family: Family, metadata: Mapping[str, str]) -> tuple[Verdict, ...]:
-    """What each program makes of a file for a model of this family."""
-    return tuple(judge(keys, family, metadata) for judge in (_a1111, _comfyui, _diffusers, _invokeai))
+def verdicts(
+    keys: Keys, family: Family, metadata: Mapping[str, str], modules: Mapping[str, Module] | None = None
+) -> tuple[Verdict, ...]:
+    """What each program makes of a file for a model of this family; with its `modules`, also what becomes of alphas
+    that differ."""
+    a1111, comfyui, invokeai = (judge(keys, family, metadata) for judge in (_a1111, _comfyui, _invokeai))
+    found = _diffusers(keys, family, metadata)
+    if not found.refused and keys.styles == {"kohya"} and (odd := otherwise_in_diffusers(modules or {})):
+        found = replace(found, notes=(*found.notes, _other_strength(odd)))
+    return a1111, comfyui, found, invokeai
+
+
+def _other_strength(times: Mapping[str, float]) -> str:
+    name, most = max(times.items(), key=lambda one: abs(math.log(abs(one[1]) or math.inf)))
+    return (
+        f"alphas differ, and {len(times)} modules of attention or text encoders get the commonest, not their own, "
+        f"e.g. {name} {most:.3g} times its strength; convert_lora.py --one_alpha mends that"
+    )
 
 
 def _dropped(keys: Keys, family: Family, why: Callable[[Found, Place | None], str]) -> tuple[tuple[str, str], ...]:
@@ -134,6 +153,8 @@ def _comfyui(keys: Keys, family: Family, metadata: Mapping[str, str]) -> Verdict
             return f"it knows no modules of the kind {one.made}"
         if one.name.startswith(OFT_PREFIX):
             return "it asks for other names of OFT"
+        if one.key.startswith(_WRAPPED):
+            return f"it doesn't know the prefix {_WRAPPED}"
         if one.style == "peft" and ".to_" in one.key:
             return "it doesn't read peft's names of attention layers"
         if one.style == "peft" and one.key.startswith("text_encoder") and ".text_model." not in one.key:
@@ -169,6 +190,8 @@ def _diffusers(keys: Keys, family: Family, metadata: Mapping[str, str]) -> Verdi
     mixed = _is_mixed(keys, family)
 
     def why(one: Found, place: Place | None) -> str:
+        if one.style != "kohya" and not one.key.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
+            return "dotted names must begin with unet. or text_encoder. there"
         if mixed and place is not None and place.spelling == "original":
             return "beside blocks in diffusers' spelling those in the original one are left out"
         return "its model has 23 layers" if place is None else ""

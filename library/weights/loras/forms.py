@@ -2,15 +2,19 @@
 rank. LoCon with a Tucker core, LoHa and LoKr are products of small matrices, so they have exact factors too.
 """
 
+import re
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
+from library.models.families import Family
 from library.weights.loras.lora import Module
 from library.weights.loras.lycoris import Kind, kind_of, made_of
 from library.weights.loras.names import kernel_of
+
+_PROJECTION = re.compile(r"lora_unet_.+_attentions_\d+_proj_(in|out)")
 
 
 @dataclass(frozen=True)
@@ -38,17 +42,26 @@ class Factors:
         return (self.up @ self.down).mul_(self.scale).view(self.shape)
 
 
-def factors(module: Module, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Factors | None:
+def factors(
+    module: Module,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+    family: Family | None = None,
+) -> Factors | None:
     """The exact factors of a module in `dtype`; None where it has none (whole matrices, norms, IA3, OFT ...).
 
     Of a DoRA these are the factors of its direction; `dora_scale` is not in them. LoHa and LoKr don't say whether they
-    are on a convolution: there the module's name does.
+    are on a convolution: there the module's name does, and for `proj_in` and `proj_out` the family, without which they
+    count as Linear.
     """
     made = made_of(module.leaves, dtype, device)
     if made is None:
         return None
     up, down, shape, rank = made
-    kernel = kernel_of(module.name) if len(shape) == 2 and "lora_down.weight" not in module.leaves else ()
+    kernel: tuple[int, ...] = ()
+    if len(shape) == 2 and "lora_down.weight" not in module.leaves:
+        projects = family is not None and family.conv_projections and _PROJECTION.fullmatch(module.name)
+        kernel = (1, 1) if projects else kernel_of(module.name)
     if kernel and shape[1] % prod(kernel) == 0:
         shape = (shape[0], shape[1] // prod(kernel), *kernel)
     scale = 1.0 if module.alpha is None or rank is None else module.alpha / rank
@@ -90,3 +103,13 @@ def as_leaves(found: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     down = found.down.to("cpu", dtype).reshape(rank, found.shape[1], *kernel).contiguous()
     up = found.up.to("cpu", dtype).reshape(found.shape[0], rank, *(1 for _ in kernel)).contiguous()
     return {"lora_down.weight": down, "lora_up.weight": up}
+
+
+def even(found: Factors) -> Factors:
+    """The same change, with columns and rows of about the same size, so that a dtype of few exponents keeps the digits
+    of both; powers of 2 make it exact."""
+    up, down = found.up.norm(dim=0), found.down.norm(dim=1)
+    usable = (up > 0) & (down > 0) & up.isfinite() & down.isfinite()
+    exponent = torch.where(usable, (down / up).log2() / 2, torch.zeros_like(up)).round()
+    factor = torch.exp2(exponent)
+    return Factors(found.up * factor, found.down / factor[:, None], found.shape, found.scale)

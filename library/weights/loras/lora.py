@@ -5,6 +5,7 @@ in another. What a module means as numbers is in `forms`.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,16 +15,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from library.console import say, warn
 from library.embedding_layouts import is_bundled
 from library.errors import Problem, UserError
-from library.models.families import SD1, SD2, SDXL, Family, diffusers_key
+from library.models.families import Family, diffusers_key
 from library.models.headers import Header
 from library.models.pickles import read_weights
 from library.models.sgm_names import sgm_key
-from library.weights.check import BadWeightsError
+from library.weights.check import BadWeightsError, is_finite
 from library.weights.files import read_metadata, read_tensors
+from library.weights.loras.amended import NAME, STALE
 from library.weights.loras.keys import stranger
-from library.weights.loras.lycoris import kind_of, missing
+from library.weights.loras.lycoris import kind_of, misfit, missing
 from library.weights.loras.modules import refuse_base_model, refuse_embedding
 from library.weights.loras.names import diffusers_path, dotted
 from library.weights.loras.peft import (
@@ -36,20 +39,17 @@ from library.weights.loras.peft import (
     settings_of,
     underscored,
 )
+from library.weights.loras.spelled import family_for, possible, sort_keys
 from library.weights.outputs import LORA_ENDINGS
 from library.weights.save import save_lora
 
+_SLOW = 100_000_000
+"""Bytes of a file that takes a while to be written."""
 _FACTORS = {"lora_down.weight", "lora_up.weight"}
 _EXACT = ("tucker", "loha", "lokr")
 _MODULE = re.compile(r"(lora_unet|lora_te[12]?|lycoris|oft_unet)_\w")
 _TEXT = re.compile(r"lora_te([12]?)_")
 _DIFFUSERS_BLOCKS = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks)_")
-_ORIGINAL_BLOCKS = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_")
-_SDXL_CONTEXT = 2048
-_SDXL_ONLY = re.compile(
-    r"lora_unet_(input_blocks|middle_block|output_blocks|label_emb|add_embedding)_|up_blocks_0_attentions_"
-    r"|transformer_blocks_[1-9]_"
-)
 
 Layout = Literal["kohya", "kohya-diffusers", "peft", "diffusers"]
 """`kohya`: underscored names, SDXL's blocks in the original spelling; `kohya-diffusers`: the same with the blocks of
@@ -118,7 +118,8 @@ def read(path: str | Path) -> Lora:
     if not leaves:
         raise UserError.single(str(path), "holds no LoRA", "give a LoRA file")
     layout = _layout(raw)
-    sdxl = _is_sdxl(leaves, metadata, layout)
+    family = family_for(sort_keys({key: tuple(tensor.shape) for key, tensor in raw.items()}), metadata)
+    sdxl = family is not None and len(family.text_encoders) > 1
     modules: dict[str, Module] = {}
     problems = []
     for name, found in leaves.items():
@@ -140,29 +141,23 @@ def read(path: str | Path) -> Lora:
 
 
 def family_of(lora: Lora) -> Family | None:
-    """The family of base models that a file is made for: by its names, its sizes or its metadata; None if none tells.
-
-    Sizes tell of full-size models only.
-    """
-    version = lora.metadata.get("ss_base_model_version", "")
-    if any(name.startswith("lora_te2_") or _ORIGINAL_BLOCKS.match(name) for name in lora.modules):
-        return SDXL
-    for start, family in (("sdxl", SDXL), ("sd_v2", SD2), ("sd_v1", SD1)):
-        if version.startswith(start):
-            return family
-    widths = {
-        int(down.shape[1])
-        for name, module in lora.modules.items()
-        if name.endswith(("attn2_to_k", "self_attn_k_proj"))
-        and (down := module.leaves.get("lora_down.weight", module.leaves.get("hada_w1_b"))) is not None
-    }
-    return {768: SD1, 1024: SD2, 2048: SDXL}.get(max(widths, default=0))
+    """The family of base models that a file is made for (`spelled.possible`); None if nothing tells."""
+    keys = sort_keys(
+        {
+            f"{name}.{leaf}": tuple(tensor.shape)
+            for name, module in lora.modules.items()
+            for leaf, tensor in module.leaves.items()
+        }
+    )
+    found = possible(keys, lora.metadata)
+    return found[0] if len(found) == 1 else None
 
 
 def _refuse_others(header: Header, path: Path) -> None:
     """Raises UserError if a file's header alone tells that it is no LoRA of ours."""
     refuse_base_model(header.entries, path)
-    refuse_embedding({key: entry.shape for key, entry in header.entries.items()}, path)
+    shapes = {key: entry.shape for key, entry in header.entries.items()}
+    refuse_embedding(shapes, path, "give a LoRA file; convert_embedding.py works on embeddings")
     if title := stranger(header.entries):
         raise UserError.single(str(path), f"is made for {title}", "give a LoRA for SD1, SD2 or SDXL")
     for key in header.entries:
@@ -192,26 +187,8 @@ def _wrong(name: str, leaves: Mapping[str, Tensor]) -> str | None:
     alpha = leaves.get("alpha")
     if alpha is not None and alpha.numel() != 1:
         return f"{name}.alpha is {alpha.numel()} numbers"
-    down, up = leaves.get("lora_down.weight"), leaves.get("lora_up.weight")
-    if down is None or up is None:
-        return None
-    ranks = (down.shape[0] if down.ndim else 0, up.shape[1] if up.ndim > 1 else 0)
-    if "lora_mid.weight" not in leaves and (ranks[0] != ranks[1] or not ranks[0]):
-        return f"{name} has factors that don't fit: {tuple(up.shape)} and {tuple(down.shape)}"
-    return None
-
-
-def _is_sdxl(names: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], layout: Layout) -> bool:
-    if version := metadata.get("ss_base_model_version"):
-        return version.startswith("sdxl")
-    if any(name.startswith("lora_te2_") or _SDXL_ONLY.search(name) for name in names):
-        return True
-    if "stable-diffusion-xl" in metadata.get("modelspec.architecture", ""):
-        return True
-    if not any(name.startswith("lora_unet_") for name in names):
-        return layout == "kohya" and any(name.startswith("lora_te1_") for name in names)
-    downs = [one.get("lora_down.weight") for name, one in names.items() if name.endswith(("attn2_to_k", "attn2_to_v"))]
-    return any(down is not None and down.shape[1] == _SDXL_CONTEXT for down in downs)
+    wrong = misfit(own)
+    return wrong and f"{name} {wrong}"
 
 
 def _canonical(name: str, *, sdxl: bool) -> str:
@@ -240,7 +217,7 @@ def write(lora: Lora, path: Path, *, layout: Layout | None = None, dtype: torch.
     """Write a LoRA file whole or not at all, with its hashes made anew (library.weights.save.save_lora).
 
     In the layout `peft` alphas stand in the metadata; `diffusers` has no place for them, so alpha / rank goes into the
-    up-factors there. Metadata that only the other layouts have are left out.
+    up-factors there. Metadata become those that `completed` tells.
 
     Args:
         layout: None keeps `lora.layout`.
@@ -253,7 +230,10 @@ def write(lora: Lora, path: Path, *, layout: Layout | None = None, dtype: torch.
     chosen = layout or lora.layout
     if path.suffix not in LORA_ENDINGS:
         raise UserError.single(str(path), "has no known ending", f"use {' or '.join(LORA_ENDINGS)}")
-    metadata = {key: value for key, value in lora.metadata.items() if key != SETTINGS}
+    refuse_not_finite(lora)
+    if path.suffix != ".safetensors" and lora.metadata:
+        warn(f"{path.suffix} files have no metadata; those of {lora.path.name} are left out of {path.name}")
+    metadata = completed(lora, path)
     tensors: dict[str, Tensor] = {}
     if chosen in ("kohya", "kohya-diffusers"):
         tensors |= lora.rest
@@ -273,11 +253,68 @@ def write(lora: Lora, path: Path, *, layout: Layout | None = None, dtype: torch.
                 raise UserError.single(str(path), wrong, "write a .safetensors file, or the layout diffusers")
         else:
             tensors = as_older_diffusers(plain, lora.path, lambda up, scale: (up.double() * scale).to(up.dtype))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size >= _SLOW:
+        say(f"writing {path.name}, {size / 1e6:,.0f} MB")
     try:
         save_lora({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
     except BadWeightsError as error:
-        advice = "the numbers don't fit into that dtype, use bf16 or float" if dtype else f"{lora.path} is damaged"
-        raise UserError.single(str(path), str(error).partition(": ")[2] or str(error), advice) from error
+        wrong = str(error).partition(": ")[2] or str(error)
+        raise UserError.single(str(path), wrong, "the numbers don't fit into that dtype, use bf16 or float") from error
+
+
+def completed(lora: Lora, path: Path) -> dict[str, str]:
+    """The metadata that `write` puts into `path`, but for what belongs to its layout and its hashes.
+
+    Without what was true of an older file only, and with what loaders look for: the base model, rank and alpha, where
+    they lack, or where names and sizes tell of another family; and the name, where there is none.
+    """
+    metadata = {key: text for key, text in lora.metadata.items() if key not in (*STALE, SETTINGS)}
+    family = family_of(lora)
+    if family is not None:
+        velocity = metadata.get("modelspec.prediction_type", "").startswith("v")
+        version = family.versions["v_prediction" if velocity else "epsilon"]
+        plain = all(module.leaves.keys() - {"dora_scale"} == _FACTORS for module in lora.modules.values())
+        dim, alpha = summary(lora.modules)
+        told = {
+            "ss_v2": str(family.v2),
+            "ss_base_model_version": version,
+            "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
+            "ss_network_dim": str(dim),
+            "ss_network_alpha": str(alpha),
+            "ss_network_args": "{}",
+        }
+        if metadata.get("ss_base_model_version") not in family.versions.values():
+            metadata.pop("ss_base_model_version", None)
+        metadata = told | metadata | {"ss_v2": str(family.v2)}
+    return metadata | {NAME: metadata.get(NAME) or path.stem}
+
+
+def summary(modules: Mapping[str, Module]) -> tuple[int | str, float | str]:
+    """The rank and alpha of all modules, `Dynamic` where they differ; without an alpha, the rank counts."""
+    ranks = {rank_of(module) for module in modules.values()}
+    alphas = {rank_of(module) if module.alpha is None else module.alpha for module in modules.values()}
+    rank = ranks.pop() if len(ranks) == 1 else None
+    alpha = alphas.pop() if len(alphas) == 1 else None
+    return rank or "Dynamic", "Dynamic" if alpha is None else float(alpha)
+
+
+def rank_of(module: Module) -> int | None:
+    """The rank that alpha is divided by; None where it doesn't count, or LyCORIS has rules of its own."""
+    for leaf in ("lora_down.weight", "hada_w1_b"):
+        if leaf in module.leaves:
+            return int(module.leaves[leaf].shape[0])
+    return None
+
+
+def refuse_not_finite(lora: Lora) -> None:
+    """Raises UserError if a number of a file is NaN or infinite, alphas too."""
+    leaves = ((f"{one.name}.{leaf}", tensor) for one in lora.modules.values() for leaf, tensor in one.leaves.items())
+    bad = [key for key, tensor in leaves if not is_finite(tensor)]
+    bad += [f"{one.name}.alpha" for one in lora.modules.values() if not math.isfinite(one.alpha or 0.0)]
+    if bad:
+        wrong = f"{len(bad)} of its tensors are not finite, e.g. {bad[0]}"
+        raise UserError.single(str(lora.path), wrong, "the file is damaged")
 
 
 def refuse_layout(lora: Lora, layout: Layout) -> None:

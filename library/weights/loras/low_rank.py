@@ -52,8 +52,7 @@ def svd_of(found: Factors, name: str = "a module") -> Svd:
     left, upper = torch.linalg.qr(up)
     right, lower = torch.linalg.qr(down.T)
     u, s, vh = torch.linalg.svd(upper @ lower.T * found.scale, full_matrices=False)
-    size = abs(found.scale) * float(upper.norm()) * float(lower.norm())
-    return Svd(left @ u, s, vh @ right.T, floor=_ROUNDING * max(*up.shape, *down.shape) * size)
+    return Svd(left @ u, s, vh @ right.T, floor=_floor(found, upper, lower))
 
 
 def truncated(svd: Svd, rank: int, shape: tuple[int, ...]) -> Factors:
@@ -99,8 +98,24 @@ def singular_values(found: Factors, name: str = "a module") -> Tensor:
     Raises:
         UserError: a number is not finite.
     """
+    return spectrum(found, name)[0]
+
+
+def spectrum(found: Factors, name: str = "a module") -> tuple[Tensor, float]:
+    """The same, and what they have to be above to be more than rounding: `Svd.floor`.
+
+    Raises:
+        UserError: a number is not finite.
+    """
     up, down = _doubles(found, name)
-    return torch.linalg.svdvals(_triangle(up) @ _triangle(down.T).T * found.scale)
+    upper, lower = _triangle(up), _triangle(down.T)
+    values = torch.linalg.svdvals(upper @ lower.T * found.scale)
+    return values, _floor(found, upper, lower)
+
+
+def _floor(found: Factors, upper: Tensor, lower: Tensor) -> float:
+    size = abs(found.scale) * float(upper.norm()) * float(lower.norm())
+    return _ROUNDING * max(*found.up.shape, *found.down.shape) * size
 
 
 def _triangle(matrix: Tensor) -> Tensor:
@@ -110,8 +125,8 @@ def _triangle(matrix: Tensor) -> Tensor:
 def concatenated(parts: Sequence[Factors], weights: Sequence[float], name: str = "a module") -> Factors:
     """The exact sum of weighted changes: a change whose rank is the sum of theirs, scale 1, in float64.
 
-    Each weight and scale counts once, in the up-factor. The shape is the first's; a 1x1 convolution and a linear layer
-    of the same sizes can be added.
+    Each weight and scale counts once, in the up-factor. A linear layer and a 1x1 convolution of the same sizes can be
+    added, as the latter.
 
     Raises:
         UserError: they change weights of different sizes, or a number is not finite.
@@ -120,12 +135,13 @@ def concatenated(parts: Sequence[Factors], weights: Sequence[float], name: str =
     ups, downs = [], []
     for part, weight in zip(parts, weights, strict=True):
         if _sides(part) != _sides(first):
-            wrong = f"changes of {list(part.shape)} and {list(first.shape)} can't be added"
+            wrong = f"changes of {list(part.shape)} and {list(first.shape)} don't go together"
             raise UserError.single(name, wrong, "give LoRAs of one family")
         up, down = _doubles(part, name)
         ups.append(up * (weight * part.scale))
         downs.append(down)
-    return Factors(torch.cat(ups, dim=1), torch.cat(downs, dim=0), first.shape)
+    shape = max((part.shape for part in parts), key=len)
+    return Factors(torch.cat(ups, dim=1), torch.cat(downs, dim=0), shape)
 
 
 def inner(one: Factors, other: Factors) -> float:
@@ -160,11 +176,14 @@ def distance(one: Factors, other: Factors, name: str = "a module") -> float:
     return found if found > rounding else 0.0
 
 
-def numerical_rank(svd: Svd, eps: float = 1e-10) -> int:
-    """How many singular values are more than `eps` times the greatest, and more than rounding; 0 of a zero change."""
-    if not len(svd.s):
-        return 0
-    return int((svd.s > max(eps * float(svd.s[0]), svd.floor)).sum())
+def numerical_rank(found: Factors, eps: float = 1e-10, name: str = "a module") -> int:
+    """How many singular values are more than `eps` times the greatest, and more than rounding; 0 of a zero change.
+
+    Raises:
+        UserError: a number is not finite.
+    """
+    values, floor = spectrum(found, name)
+    return int((values > max(eps * float(values[0]), floor)).sum()) if len(values) else 0
 
 
 def _sides(found: Factors) -> tuple[int, int, tuple[int, ...]]:

@@ -40,6 +40,9 @@ _NEEDED: Mapping[Kind, tuple[tuple[str, ...], ...]] = {
     "ia3": (("weight",), ("on_input",)),
 }
 
+_SMALL = ("lora_", "hada_", "lokr_")
+"""How leaves begin that are factors."""
+
 Made = tuple[Tensor, Tensor, tuple[int, ...], int | None]
 """Factors `up`, `down`, the weight's shape, and the rank that alpha is divided by; None where alpha doesn't count."""
 
@@ -57,6 +60,52 @@ def missing(leaves: Mapping[str, object]) -> str | None:
         if not any(leaf in leaves for leaf in alternatives):
             return alternatives[-1]
     return None
+
+
+def misfit(leaves: Mapping[str, Tensor]) -> str | None:
+    """What keeps the factors of a whole module from being multiplied, as messages say it; None if nothing does."""
+    factors = {leaf: tensor for leaf, tensor in leaves.items() if leaf.startswith(_SMALL)}
+    for leaf, tensor in factors.items():
+        if not tensor.is_floating_point():
+            return f"has a {leaf} of {str(tensor.dtype).removeprefix('torch.')}"
+        if not tensor.numel():
+            return f"has a {leaf} of shape {tuple(tensor.shape)}"
+    match direction(leaves):
+        case "lora" | "sparse":
+            up, down = (leaves[f"lora_{way}.weight"] for way in ("up", "down"))
+            fits = up.ndim > 1 < down.ndim and up[0].numel() == down.shape[0]
+        case "loha":
+            fits = _alike(factors) and _multiplies(factors)
+        case "tucker" | "lokr":
+            fits = _multiplies(factors)
+        case _:
+            return None
+    shapes = " and ".join(str(tuple(tensor.shape)) for _, tensor in sorted(factors.items(), reverse=True))
+    return None if fits else f"has factors that don't fit: {shapes}"
+
+
+def _alike(hada: Mapping[str, Tensor]) -> bool:
+    """Whether both sides of a Hadamard product have one size; torch would stretch a side of 1."""
+    ends = set()
+    for number in (1, 2):
+        first, second = hada[f"hada_w{number}_a"], hada[f"hada_w{number}_b"]
+        if first.ndim != 2 or second.ndim != 2:
+            return False
+        core = f"hada_t{number}" in hada
+        if not core and first.shape[1] != second.shape[0]:
+            return False
+        ends.add((first.shape[1 if core else 0], second.shape[1]))
+    return len(ends) == 1
+
+
+def _multiplies(factors: Mapping[str, Tensor]) -> bool:
+    try:
+        made = made_of(factors, torch.float32, torch.device("meta"))
+        if made is not None:
+            (made[0] @ made[1]).view(made[2])
+    except (RuntimeError, IndexError):
+        return False
+    return made is not None
 
 
 def direction(leaves: Mapping[str, object]) -> Kind | None:

@@ -10,6 +10,7 @@ from typing import Any
 import library
 from library.models.families import SD1, Family
 from library.weights.loras.lora import Lora, Module
+from library.weights.loras.plain import shared
 from library.weights.metadata import ModelSpec, modelspec
 
 _TAGS = "ss_tag_frequency"
@@ -25,7 +26,7 @@ def merged_metadata(
     date: datetime,
     minimum: bool = False,
 ) -> dict[str, str]:
-    """The metadata of a file with these modules, each of which is a plain LoRA with alpha = rank.
+    """The metadata of a file with these modules, which are plain LoRAs.
 
     Args:
         files: what it was merged from, the first of which decides where they differ (resolution, prediction type).
@@ -75,11 +76,12 @@ def _version(metadata: Mapping[str, str], family: Family) -> str | None:
 
 def _rank(modules: Mapping[str, Module], wanted: Callable[[int], bool]) -> tuple[str, str] | None:
     """Rank and alpha as metadata tell them, of modules with such a kernel; None if there is none."""
-    downs = (module.leaves["lora_down.weight"].shape for module in modules.values())
-    ranks = {shape[0] for shape in downs if wanted(prod(shape[2:]))}
-    if not ranks:
+    shapes = ((module.leaves["lora_down.weight"].shape, module.alpha) for module in modules.values())
+    found = [(shape[0], float(alpha or shape[0])) for shape, alpha in shapes if wanted(prod(shape[2:]))]
+    if not found:
         return None
-    return (str(rank := ranks.pop()), str(float(rank))) if len(ranks) == 1 else ("Dynamic", "Dynamic")
+    rank, alpha = ({str(one[place]) for one in found} for place in (0, 1))
+    return shared(rank), shared(alpha)
 
 
 def _predicts_velocity(metadata: Mapping[str, str], version: str, family: Family) -> bool:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from library.console import track
 from library.errors import Problem, UserError
-from library.models.families import SD1, SD2, SDXL, Family
-from library.weights.loras.forms import Factors, as_leaves, factors
-from library.weights.loras.lora import Lora, Module
+from library.models.families import Family
+from library.weights.loras.alphas import commonest, leaves_with, own_alpha
+from library.weights.loras.forms import Factors, factors
+from library.weights.loras.lora import Layout, Lora, Module, family_of, refuse_layout
 from library.weights.loras.low_rank import concatenated, norm, svd_of, truncated
 
 _INTO_A_CHECKPOINT = "merge it into a checkpoint (--sd_model) and extract a LoRA from that (tools/extract_lora.py)"
-_ORIGINAL = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 
 
 def _everywhere(name: str) -> float:
@@ -77,20 +77,6 @@ class Merged:
         return tuple(one.name for one in self.modules if not one.after)
 
 
-def family_of(lora: Lora) -> Family | None:
-    """The family that a file is made for, told by its names, its sizes, then its metadata; None if nothing tells."""
-    if any(name.startswith(("lora_te1_", "lora_te2_", *_ORIGINAL)) for name in lora.modules):
-        return SDXL
-    named = [SD1, SD2, SDXL]
-    endings, widths = ("attn2_to_k", "attn2_to_v", "self_attn_k_proj"), {768: SD1, 1024: SD2}
-    for name, module in lora.modules.items():
-        down = module.leaves.get("lora_down.weight", module.leaves.get("hada_w1_b"))
-        if down is not None and name.endswith(endings) and down.shape[1] in widths:
-            return widths[down.shape[1]]
-    version = lora.metadata.get("ss_base_model_version", "")
-    return next((family for family in named if version in family.versions.values()), None)
-
-
 def check_families(given: Sequence[Weighted]) -> Family | None:
     """The family of all files; None if no file tells.
 
@@ -111,6 +97,17 @@ def check_families(given: Sequence[Weighted]) -> Family | None:
     return family
 
 
+def refuse_in_layout(given: Sequence[Weighted], layout: Layout) -> None:
+    """What `merged` and then a layout would refuse, told before anything is computed.
+
+    Raises:
+        UserError: modules without two factors, or embeddings in a layout that has no place for them.
+    """
+    _refuse_without_factors(given)
+    for one in given:
+        refuse_layout(one.lora.with_modules({}, {}), layout)
+
+
 def merged(
     given: Sequence[Weighted],
     *,
@@ -123,8 +120,8 @@ def merged(
     """One LoRA that changes every weight by the sum of strength * alpha / rank * up @ down over all files.
 
     Without `rank` the factors are put side by side, which loses nothing: ranks add up, but for modules that would get
-    more than their weight can have, which are brought to that. New factors hold strengths and scales, so alpha is the
-    rank. It is computed in float64; modules whose strength is 0 everywhere are left out.
+    more than their weight can have, which are brought to that. New factors hold strengths and scales, and alpha is the
+    commonest rank. It is computed in float64; modules whose strength is 0 everywhere are left out.
 
     Args:
         rank: the most that a module gets; the best approximation of that rank is found without the full matrix.
@@ -138,14 +135,14 @@ def merged(
         UserError: files of different families, a module without factors or of a DoRA, sizes that differ, numbers that
             aren't finite, one token in two files, or nothing is left.
     """
-    check_families(given)
+    family = check_families(given)
     _refuse_without_factors(given)
     rest = _embeddings(given, unmerge=unmerge)
-    modules: dict[str, Module] = {}
-    facts = []
+    made: dict[str, tuple[Factors, str]] = {}
+    facts, held = [], torch.promote_types(dtype, torch.float32)
     names = tuple(dict.fromkeys(name for one in given for name in one.lora.modules))
     for name in track(names, "merge", len(names)):
-        parts = list(_parts(given, name, unmerge=unmerge, device=device))
+        parts = list(_parts(given, name, family, unmerge=unmerge, device=device))
         if not parts:
             continue
         here = f"{' + '.join(dict.fromkeys(str(part.path) for part in parts))}: {name}"
@@ -154,20 +151,19 @@ def merged(
         fact, kept = _cut(name, found, parts, wanted, here, unmerge=unmerge)
         facts.append(fact)
         if kept is not None:
-            leaves = as_leaves(_even(kept) if dtype == torch.float16 else kept, dtype)
-            if not all(leaf.isfinite().all() for leaf in leaves.values()):
-                raise UserError.single(here, f"is too large for {str(dtype)[6:]}", "use --save_precision float or bf16")
-            modules[name] = Module(name, leaves, kept.rank)
-    if not modules:
+            made[name] = Factors(kept.up.to("cpu", held), kept.down.to("cpu", held), kept.shape), here
+    if not made:
         wrong = "nothing is left: the files cancel each other, or all weights are 0"
         raise UserError.single(str(given[0].lora.path), wrong, "look at --ratios, --lbws and --unmerge")
-    first = given[0].lora
+    alpha, first = commonest(own_alpha(kept) for kept, _ in made.values()), given[0].lora
+    modules = {name: Module(name, leaves_with(kept, alpha, dtype, here), alpha) for name, (kept, here) in made.items()}
     return Merged(Lora(first.path, first.layout, modules, {}, rest), tuple(facts))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A file's share in a module; `eps` is the rounding of the dtype that its numbers were stored in."""
+    """A file's share in a module; `eps` is the rounding of the dtype that its numbers were stored in, 0 of a file that
+    is taken away: its numbers are what they are."""
 
     factors: Factors
     strength: float
@@ -175,15 +171,19 @@ class _Part:
     path: Path
 
 
-def _parts(given: Sequence[Weighted], name: str, *, unmerge: bool, device: torch.device | None) -> Iterator[_Part]:
+def _parts(
+    given: Sequence[Weighted], name: str, family: Family | None, *, unmerge: bool, device: torch.device | None
+) -> Iterator[_Part]:
     for number, one in enumerate(given):
         module, strength = one.lora.modules.get(name), one.strength(name)
         if module is None or not strength:
             continue
-        found = factors(module, torch.float64, device)
+        found = factors(module, torch.float64, device, family)
         if found is not None:
-            eps = max(torch.finfo(leaf.dtype).eps for leaf in module.leaves.values() if leaf.is_floating_point())
-            yield _Part(found, -strength if unmerge and number else strength, eps, one.lora.path)
+            taken = unmerge and number > 0
+            rounding = (torch.finfo(leaf.dtype).eps for leaf in module.leaves.values() if leaf.is_floating_point())
+            eps = 0.0 if taken else max(rounding, default=0.0)
+            yield _Part(found, -strength if taken else strength, eps, one.lora.path)
 
 
 def _cut(
@@ -196,7 +196,8 @@ def _cut(
     svd = svd_of(found, here)
     left = len(svd.s)
     if wanted is not None or unmerge:
-        noise = max(part.eps * abs(part.strength) * norm(part.factors) for part in parts) if unmerge else 0.0
+        largest = max(abs(part.strength) * norm(part.factors) for part in parts)
+        noise = parts[0].eps * largest if unmerge else 0.0
         left = int((svd.s > max(svd.floor, noise)).sum())
     size = float(svd.s.norm())
     if not left:
@@ -204,15 +205,6 @@ def _cut(
     kept = truncated(svd, min(left, wanted or left), found.shape)
     share = float(svd.s[: kept.rank].norm()) / size if size else 1.0
     return Joined(name, len(parts), found.rank, kept.rank, size, share), kept
-
-
-def _even(found: Factors) -> Factors:
-    """The same change, with columns and rows of about the same size; powers of 2 make it exact."""
-    up, down = found.up.norm(dim=0), found.down.norm(dim=1)
-    usable = (up > 0) & (down > 0)
-    exponent = torch.where(usable, (down / up).log2() / 2, torch.zeros_like(up)).round()
-    factor = torch.exp2(exponent)
-    return Factors(found.up * factor, found.down / factor[:, None], found.shape, found.scale)
 
 
 def _refuse_without_factors(given: Sequence[Weighted]) -> None:

@@ -76,8 +76,15 @@ def refuse_base_model(keys: Iterable[str], source: str | Path) -> None:
         raise UserError.single(str(source), "is a base model, not a LoRA", "give a LoRA file")
 
 
-def refuse_embedding(shapes: Mapping[str, tuple[int, ...]], source: str | Path) -> None:
-    """Raises UserError if a file with tensors of these shapes holds embeddings and no network."""
+_AS_WEIGHTS = "give it as --weights, and its word as --token_string; as --base_embeddings it stays as it is"
+
+
+def refuse_embedding(shapes: Mapping[str, tuple[int, ...]], source: str | Path, advice: str = _AS_WEIGHTS) -> None:
+    """Raises UserError if a file with tensors of these shapes holds embeddings and no network.
+
+    Args:
+        advice: what to do instead; what trainings say unless told.
+    """
     if holds_lora(shapes):
         return
     try:
@@ -85,7 +92,6 @@ def refuse_embedding(shapes: Mapping[str, tuple[int, ...]], source: str | Path) 
     except UserError:
         return
     if all(one.layout != "diffusers" or "." not in str(one.token) for one in found):
-        advice = "give it as --weights, and its word as --token_string; as --base_embeddings it stays as it is"
         raise UserError.single(str(source), "is an embedding, not a network", advice)
 
 

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 SETTINGS = "lora_adapter_metadata"
 """The metadata's key of the adapters' settings, one JSON object with a prefix for each part."""
+CONFIG, CONFIGURED = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+"""Where peft's own saves have the settings instead: beside files of these names."""
 _DEFAULT_ALPHA = 8.0
 _KEY = re.compile(
     r"(?:(unet|text_encoder(?:_[12])?)\.(?:base_model\.model\.)?|(?:base_model\.model\.)?"
-    r"(?=(?:down_blocks|mid_block|up_blocks|text_model)\.))(.+?)\."
+    r"(?=(?:down_blocks|mid_block|up_blocks|text_model|encoder\.layers)\.))(.+?)\."
     r"(?:((?:lora_A(?:\.default)?|lora\.down|lora_linear_layer\.down|lora_down)\.weight)"
     r"|((?:lora_B(?:\.default)?|lora\.up|lora_linear_layer\.up|lora_up)\.weight)"
     r"|((?:lora_magnitude_vector(?:\.default)?(?:\.weight)?)|dora_scale)|alpha)"
@@ -34,6 +36,8 @@ _TEXT_ATTENTION = re.compile(r"\.self_attn\.to_(q|k|v|out)_lora\.")
 _PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_1": "lora_te1_"}
 _PREFIXES["text_encoder_2"] = "lora_te2_"
 _LEAVES = ("lora_down.weight", "lora_up.weight", "dora_scale")
+_PARTS = ("unet", "text_encoder", "text_encoder_2")
+_PROCESSOR_END = re.compile(r"_lora\.(down|up)\.weight$")
 _OLDER = re.compile(r"_lora\.(down|up)\.|\.lora\.(down|up)\.|\.lora_linear_layer\.(down|up)\.")
 
 
@@ -43,6 +47,46 @@ class Place:
 
     part: str
     path: str
+
+
+@dataclass(frozen=True)
+class Dotted:
+    """A key that peft or diffusers write.
+
+    Attributes:
+        own: of the module, as the key spells it.
+        part, path: where it stands in diffusers' model; `text_encoder_1` is another name of the first.
+        leaf: as other LoRA files call it.
+        is_processor: it is one of diffusers' oldest spelling, by attention processors.
+        is_magnitude: it holds the magnitudes in peft's shape.
+    """
+
+    own: str
+    part: str
+    path: str
+    leaf: str
+    is_processor: bool = False
+    is_magnitude: bool = False
+
+    @property
+    def name(self) -> str:
+        """The module's name in other LoRA files, blocks spelled as diffusers does."""
+        return _PREFIXES[self.part] + diffusers_key(self.path)
+
+
+def parsed(key: str) -> Dotted | None:
+    """What a key says, if peft or diffusers write such."""
+    plain = _plain(key)
+    match = _KEY.fullmatch(plain)
+    if match is None:
+        return None
+    told, path, down, up, magnitude = match.groups()
+    part = told or ("text_encoder" if path.startswith(("text_model.", "encoder.")) else "unet")
+    if part != "unet":
+        path = "text_model." + path.removeprefix("text_model.")
+    leaf = next((leaf for one, leaf in zip((down, up, magnitude), _LEAVES, strict=True) if one), "alpha")
+    own = plain[: match.end(2)] if plain == key else _PROCESSOR_END.sub("", key)
+    return Dotted(own, part, path, leaf, plain != key, bool(magnitude) and magnitude != "dora_scale")
 
 
 def is_dotted(key: str) -> bool:
@@ -56,23 +100,35 @@ def is_older(key: str) -> bool:
 
 
 def settings_of(metadata: Mapping[str, str], source: str | Path) -> Mapping[str, Any]:
-    """The adapters' settings that a file's metadata hold; empty without.
+    """The adapters' settings that a file's metadata hold, or peft's `adapter_config.json` beside it; empty without.
 
     Raises:
         UserError: they can't be read.
     """
+    beside = Path(source).with_name(CONFIG) if Path(source).name in CONFIGURED else None
+    if beside is not None and SETTINGS not in metadata and beside.is_file():
+        try:
+            own = _checked(beside.read_text(encoding="utf-8"), str(beside), "its settings")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError.single(str(beside), f"can't be read ({error})", "save it again") from error
+        return {f"{part}.{key}": value for part in _PARTS for key, value in own.items()}
+    return _checked(metadata.get(SETTINGS, "{}"), str(source), f"its metadata {SETTINGS}")
+
+
+def _checked(text: str, where: str, what: str) -> Mapping[str, Any]:
+    """Settings as JSON has them, `what` in messages."""
     try:
-        found = json.loads(metadata.get(SETTINGS, "{}"))
+        found = json.loads(text)
     except ValueError as error:
-        raise UserError.single(str(source), f"its metadata {SETTINGS} are no JSON", "save it again") from error
+        raise UserError.single(where, f"{what} are no JSON", "save it again") from error
     if not isinstance(found, dict):
-        raise UserError.single(str(source), f"its metadata {SETTINGS} are no JSON object", "save it again")
+        raise UserError.single(where, f"{what} are no JSON object", "save it again")
     for key, value in found.items():
-        alphas: list[Any] = [value] if key.endswith(".lora_alpha") else []
-        if key.endswith(".alpha_pattern") and value is not None:
+        alphas: list[Any] = [value] if f".{key}".endswith(".lora_alpha") else []
+        if f".{key}".endswith(".alpha_pattern") and value is not None:
             alphas = list(value.values()) if isinstance(value, dict) else [value]
         if not all(isinstance(one, int | float) or one is None for one in alphas):
-            raise UserError.single(str(source), f"its metadata {SETTINGS} have {key} = {value}", "save it again")
+            raise UserError.single(where, f"{what} have {key} = {value}", "save it again")
     return found
 
 
@@ -84,25 +140,20 @@ def underscored(tensors: "Mapping[str, Tensor]", settings: Mapping[str, Any]) ->
     """
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(_plain(key))
-        if match is None:
+        one = parsed(key)
+        if one is None:
             found[key] = tensor
             continue
-        told, path, down, up, magnitude = match.groups()
-        part = told or ("text_encoder" if path.startswith("text_model.") else "unet")
-        if part != "unet":
-            path = "text_model." + path.removeprefix("text_model.")
-        name = _PREFIXES[part] + diffusers_key(path)
-        leaf = next((leaf for one, leaf in zip((down, up, magnitude), _LEAVES, strict=True) if one), "alpha")
-        if magnitude and magnitude != "dora_scale":
+        if one.is_magnitude:
             tensor = tensor.reshape((-1, *(1,) * max(tensor.ndim - 1, 1)))
-        found[f"{name}.{leaf}"] = tensor
-        alpha = _alpha(settings, part, path) if down else None
+        found[f"{one.name}.{one.leaf}"] = tensor
+        part = one.part.removesuffix("_1")
+        alpha = _alpha(settings, part, one.path) if one.leaf == "lora_down.weight" else None
         if alpha is not None:
             import torch
 
-            root = tensor.shape[0] ** 0.5 if settings.get(f"{part}.use_rslora") else 1.0
-            found.setdefault(f"{name}.alpha", torch.tensor(alpha * root, dtype=torch.float64))
+            root = tensor.shape[0] ** 0.5 if tensor.ndim and settings.get(f"{part}.use_rslora") else 1.0
+            found.setdefault(f"{one.name}.alpha", torch.tensor(alpha * root, dtype=torch.float64))
     return found
 
 

@@ -1,10 +1,9 @@
 """A LoRA at other ranks: each module's change is decomposed and its greatest singular values are kept.
 
-Which rank a module gets is told by `ranks`, the algebra is in `low_rank`; here is what becomes of a file. A module's
-scale (alpha / rank) stays what it was, so alpha shrinks as its rank does.
+Which rank a module gets is told by `ranks`, the algebra is in `low_rank`; here is what becomes of a file. The scale
+(alpha / rank) of most modules stays what it was, so alpha shrinks as the rank does; all get that alpha (`alphas`).
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,10 +19,13 @@ from torch import Tensor
 
 from library.console import track
 from library.errors import UserError
+from library.weights.loras.alphas import commonest, leaves_with, own_alpha, telling
 from library.weights.loras.amended import amended
 from library.weights.loras.forms import Factors, as_leaves, factors
-from library.weights.loras.lora import Lora, Module, write
+from library.weights.loras.lora import Lora, Module, family_of, write
 from library.weights.loras.low_rank import shortened, singular_values
+from library.weights.loras.peft import place_of
+from library.weights.loras.plain import DYNAMIC, plain_metadata, shared
 from library.weights.loras.ranks import Criterion, chosen, fitted, needed, retained
 from library.weights.loras.tables import block_of, block_order
 
@@ -31,6 +33,8 @@ Found = TypeVar("Found")
 _FACTOR_LEAVES = ("lora_", "hada_", "lokr_", "scalar")
 _LONGER = 60
 """Bytes by which a module's place in a header may grow: two tensors with offsets and shapes of more digits, alpha."""
+_IN_A_PATTERN = 32
+"""Bytes that an entry of peft's `rank_pattern` takes beside the module's path: quotes and indents, escaped, a rank."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,6 @@ class Change:
         new: the rank that it has.
         values: (k,) its singular values before, scale included, float64.
         shape: of the weight.
-        alpha: of the new module.
     """
 
     name: str
@@ -64,7 +67,6 @@ class Change:
     new: int
     values: Tensor
     shape: tuple[int, ...]
-    alpha: float
 
 
 @dataclass(frozen=True)
@@ -81,33 +83,35 @@ def resized(
 ) -> Resized:
     """Every module that has factors at the rank that the criterion gives it; metadata tell what was done.
 
-    Of a DoRA the direction is resized and the magnitudes stay. LyCORIS modules with factors become plain ones.
+    All of them get one alpha. Of a DoRA the direction is resized and the magnitudes stay. LyCORIS modules with factors
+    become plain ones.
 
     Args:
         dtype: of the new factors.
         device: where the algebra runs.
 
     Raises:
-        UserError: no module has factors, or a number is not finite.
+        UserError: no module has factors, a number is not finite, or too large for `dtype`.
     """
-    modules = dict(lora.modules)
+    modules, held = dict(lora.modules), torch.promote_types(dtype, torch.float32)
 
-    def one(module: Module, found: Factors) -> tuple[Module, Change]:
+    def one(module: Module, found: Factors) -> tuple[Factors, Change]:
         limit = limits.of(found.shape)
         new, values = shortened(found, lambda values: chosen(values, criterion, limit), _named(lora, module))
-        made = _module(module, found, new, dtype)
-        wanted, alpha = needed(values, criterion), made.alpha or 0.0
-        return made, Change(module.name, found.rank, wanted, new.rank, values.cpu(), found.shape, alpha)
+        scale = found.scale or 1.0
+        made = Factors((new.up / scale).to("cpu", held), new.down.to("cpu", held), new.shape, scale)
+        return made, Change(module.name, found.rank, needed(values, criterion), new.rank, values.cpu(), found.shape)
 
-    changes = []
-    for new, change in _each(lora, one, device, "resizing"):
-        modules[new.name] = new
-        changes.append(change)
+    found = list(_each(lora, one, device, "resizing"))
+    alpha = commonest(own_alpha(made) for made, _ in found)
+    for made, change in found:
+        module = lora.modules[change.name]
+        leaves = leaves_with(made, alpha, dtype, _named(lora, module))
+        modules[change.name] = Module(change.name, {**leaves, **_others(module)}, alpha)
+    changes = tuple(change for _, change in found)
     done = {change.name for change in changes}
-    metadata = _metadata(lora.metadata, criterion, limits, changes)
-    return Resized(
-        lora.with_modules(modules, metadata), tuple(changes), tuple(name for name in lora.modules if name not in done)
-    )
+    metadata = _metadata(lora.metadata, modules, criterion, limits, changes, alpha)
+    return Resized(lora.with_modules(modules, metadata), changes, tuple(name for name in modules if name not in done))
 
 
 def criterion_for_size(
@@ -117,8 +121,13 @@ def criterion_for_size(
     dtype: torch.dtype,
     limit: int,
     device: torch.device | None = None,
+    name: str = "lora.safetensors",
 ) -> Criterion:
     """The greatest parameter of a dynamic method with which the file holds at most `limit` bytes.
+
+    Args:
+        limits, dtype, device: as of `resized`.
+        name: of the file that will be written.
 
     Raises:
         UserError: as `resized`, or the file is larger even with the smallest ranks.
@@ -130,7 +139,7 @@ def criterion_for_size(
     found = {name: (values, shape) for name, values, shape in _each(lora, one, device, "measuring")}
     shapes = {name: shape for name, (_, shape) in found.items()}
     longest = replace(start, parameter=0.1234567)
-    fixed = _size_without_factors(lora, shapes, dtype, _metadata(lora.metadata, longest, limits, ()))
+    fixed = _size_without_factors(lora, shapes, dtype, longest, limits, name)
 
     def size(criterion: Criterion) -> int:
         """Of the file, were it written with this criterion."""
@@ -153,19 +162,27 @@ def _rank_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 
 def _size_without_factors(
-    lora: Lora, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]
+    lora: Lora,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    criterion: Criterion,
+    limits: Limits,
+    file_name: str,
 ) -> int:
     """Bytes of the file beside its factors: a file of rank 1 is written to a temporary folder to see it, and longer
-    numbers in the header of the real one are allowed for."""
+    numbers in the header of the real one are allowed for, as is a rank for each module in peft's settings."""
     modules = dict(lora.modules)
     for name, shape in shapes.items():
         zeros = Factors(torch.zeros(shape[0], 1), torch.zeros(1, prod(shape[1:])), shape)
         modules[name] = Module(name, {**as_leaves(zeros, dtype), **_others(lora.modules[name])}, 1.0)
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "least.safetensors"
-        write(lora.with_modules(modules, metadata), path)
+        path = Path(folder) / file_name
+        write(lora.with_modules(modules, _metadata(lora.metadata, modules, criterion, limits, (), 1.0)), path)
         written = path.stat().st_size
-    return written - sum(_rank_bytes(shape, dtype) for shape in shapes.values()) + _LONGER * (len(shapes) + 1)
+    places = [place_of(name) for name in shapes] if lora.layout == "peft" else []
+    patterns = sum(len(place.path) + _IN_A_PATTERN for place in places if place is not None)
+    allowed = _LONGER * (len(shapes) + 1) + patterns
+    return written - sum(_rank_bytes(shape, dtype) for shape in shapes.values()) + allowed
 
 
 def _spread(values: Tensor) -> float:
@@ -185,9 +202,10 @@ def _each(
 
     The matrices are too small for several threads to share one, so each thread takes a module of its own.
     """
+    family = family_of(lora)
 
     def one(module: Module) -> Found | None:
-        found = factors(module, torch.float64, device)
+        found = factors(module, torch.float64, device, family)
         return None if found is None else work(module, found)
 
     threads, done = torch.get_num_threads(), 0
@@ -206,48 +224,31 @@ def _each(
         raise UserError.single(str(lora.path), wrong, "give a LoRA, LoCon, LoHa or LoKr file")
 
 
-def _module(module: Module, found: Factors, new: Factors, dtype: torch.dtype) -> Module:
-    scale = found.scale or 1.0
-    leaves = as_leaves(Factors(new.up / scale, new.down, new.shape), dtype)
-    return Module(module.name, {**leaves, **_others(module)}, scale * new.rank)
-
-
 def _others(module: Module) -> Mapping[str, Tensor]:
     """What isn't a factor, such as magnitudes of a DoRA."""
     return {leaf: tensor for leaf, tensor in module.leaves.items() if not leaf.startswith(_FACTOR_LEAVES)}
 
 
 def _metadata(
-    metadata: Mapping[str, str], criterion: Criterion, limits: Limits, changes: Sequence[Change]
+    metadata: Mapping[str, str],
+    modules: Mapping[str, Module],
+    criterion: Criterion,
+    limits: Limits,
+    changes: Sequence[Change],
+    alpha: float,
 ) -> dict[str, str]:
-    """What a file says of itself after resizing: rank and alpha, `Dynamic` where modules differ."""
+    """What a file says of itself after resizing: its alpha, and the rank, `Dynamic` where modules differ."""
     before = metadata.get("ss_network_dim", "unknown")
     linear = [change for change in changes if len(change.shape) == 2] or changes
     fixed = criterion.method == "static"
-    dim = _shared({str(change.new) for change in linear}) if fixed else "Dynamic"
-    alpha = _shared({f"{change.alpha:.10g}" for change in linear}) if fixed else "Dynamic"
+    dim = shared({str(change.new) for change in linear}) if fixed else DYNAMIC
     how = "" if fixed else f" by {criterion}"
     top = "" if limits.linear is None else f" {'to' if fixed else 'up to'} {limits.linear}"
     conv = "" if limits.conv in (None, limits.linear) else f", convolutions {limits.conv}"
-    found = amended(metadata, dim=dim, alpha=alpha, comment=f"resized{how} from rank {before}{top}{conv}")
-    return found | _network_args(found, [change for change in changes if prod(change.shape[2:]) > 1], fixed=fixed)
-
-
-def _network_args(metadata: Mapping[str, str], convs: Sequence[Change], *, fixed: bool) -> dict[str, str]:
-    """`ss_network_args` with the rank and alpha of 3x3 convolutions as they are now, if they stand there."""
-    try:
-        told = json.loads(metadata.get("ss_network_args", "{}"))
-    except ValueError:
-        return {}
-    if not convs or not isinstance(told, dict) or "conv_dim" not in told:
-        return {}
-    told["conv_dim"] = _shared({str(change.new) for change in convs}) if fixed else "Dynamic"
-    told["conv_alpha"] = _shared({f"{change.alpha:.10g}" for change in convs}) if fixed else "Dynamic"
-    return {"ss_network_args": json.dumps(told)}
-
-
-def _shared(values: set[str]) -> str:
-    return next(iter(values)) if len(values) == 1 else "Dynamic"
+    comment = f"resized{how} from rank {before}{top}{conv}"
+    found = plain_metadata(amended(metadata, dim=dim, comment=comment), modules.values())
+    convs = {str(change.new) for change in changes if prod(change.shape[2:]) > 1}
+    return telling(found, alpha, (shared(convs) if fixed else DYNAMIC) if convs else None)
 
 
 def rows(changes: Sequence[Change]) -> Iterator[tuple[str, str, str, str, str]]:

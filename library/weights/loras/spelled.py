@@ -13,20 +13,17 @@ from library.models.families import FAMILIES, Family, FamilyName, diffusers_key
 from library.models.lora_targets import LoraTarget, targets
 from library.models.single_configs import packaged
 from library.weights.loras.lycoris import Kind, direction, kind_of
+from library.weights.loras.peft import parsed
 
 Style = Literal["kohya", "peft", "processor"]
 """`kohya`: underscored names; `peft`: dotted paths; `processor`: the oldest dotted ones of diffusers."""
-_DOTTED = re.compile(
-    r"(unet|text_encoder|text_encoder_2)\.(.+?)\."
-    r"(lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up|lora_magnitude_vector|alpha)"
-    r"(?:\..+)?"
-)
-_PROCESSOR = re.compile(r"(unet)\.(.+)\.processor\.(to_[a-z]+)_lora\.(down|up)\.weight")
-_DOWNS = ("lora_A", "lora.down", "lora_linear_layer.down")
-_UPS = ("lora_B", "lora.up", "lora_linear_layer.up")
-_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 _OPEN_CLIP_LAYER = re.compile(r"lora_te1?_text_model_encoder_layers_23_")
 OFT_PREFIX = "oft_unet_"
+_ARCHITECTURES: Mapping[str, FamilyName] = {
+    "stable-diffusion-xl": "sdxl",
+    "stable-diffusion-v2": "sd2",
+    "stable-diffusion-v1": "sd1",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,8 @@ class Found:
             `lora_te1_`.
         kind: what it is, and `made`: the same without magnitudes; None of leaves that no program writes.
         sizes: (out, in) of the weight that it changes, where its leaves tell.
+        width: of what it takes, if it is on a Linear, where its leaves tell.
+        ndim: of the weight that it changes, where it is a plain LoRA's.
     """
 
     key: str
@@ -47,6 +46,8 @@ class Found:
     kind: Kind | None
     made: Kind | None
     sizes: tuple[int, int] | None
+    width: int | None = None
+    ndim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,16 @@ def sort_keys(shapes: Mapping[str, tuple[int, ...]]) -> Keys:
             if leaf != "alpha":
                 group[leaf] = shape
     modules = tuple(
-        Found(own, name, style, kind_of(leaves), direction(leaves), _sizes(leaves))
+        Found(
+            own,
+            name,
+            style,
+            kind_of(leaves),
+            direction(leaves),
+            _sizes(leaves),
+            _width(leaves),
+            len(leaves.get("lora_down.weight", ())) or None,
+        )
         for (own, name, style), leaves in found.items()
     )
     return Keys(modules, bundled, dict(shapes))
@@ -82,17 +92,8 @@ def sort_keys(shapes: Mapping[str, tuple[int, ...]]) -> Keys:
 
 def _split(key: str) -> tuple[str, str, Style, str]:
     """Key of the module, its name with underscores, style and leaf."""
-    if match := _PROCESSOR.fullmatch(key):
-        inner = "to_out.0" if match[3] == "to_out" else match[3]
-        own = f"unet.{match[2]}.processor.{match[3]}"
-        return own, f"lora_unet_{diffusers_key(f'{match[2]}.{inner}')}", "processor", f"lora_{match[4]}.weight"
-    if match := _DOTTED.fullmatch(key):
-        part, path, leaf = match[1], match[2], match[3]
-        if part != "unet":
-            path = f"text_model.{path.removeprefix('text_model.')}"
-        leaf = "lora_down.weight" if leaf in _DOWNS else "lora_up.weight" if leaf in _UPS else leaf
-        leaf = "dora_scale" if leaf == "lora_magnitude_vector" else leaf
-        return f"{part}.{match[2]}", _PREFIXES[part] + diffusers_key(path), "peft", leaf
+    if one := parsed(key):
+        return one.own, one.name, "processor" if one.is_processor else "peft", one.leaf
     own, _, leaf = key.partition(".")
     return own, own, "kohya", leaf
 
@@ -103,6 +104,15 @@ def _sizes(leaves: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
         return up[0], down[1]
     whole = leaves.get("diff")
     return (whole[0], whole[1]) if whole and len(whole) > 1 else None
+
+
+def _width(leaves: Mapping[str, tuple[int, ...]]) -> int | None:
+    if sizes := _sizes(leaves):
+        return sizes[1]
+    if (hada := leaves.get("hada_w1_b", ())) and len(hada) > 1:
+        return hada[1]
+    sides = [leaves.get(f"lokr_w{one}", leaves.get(f"lokr_w{one}_b", ())) for one in (1, 2)]
+    return sides[0][1] * sides[1][1] if min(map(len, sides)) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,11 @@ class Place:
 
     spelling: Literal["text", "both", "original", "diffusers"]
     size: tuple[int, int] | None = None
+
+    @property
+    def size_in(self) -> int | None:
+        """What it takes."""
+        return self.size and self.size[1]
 
 
 def places(family: Family) -> Mapping[str, Place]:
@@ -167,38 +182,64 @@ def _beside(path: str, family: Family) -> list[str]:
 
 
 def family_for(keys: Keys, metadata: Mapping[str, str]) -> Family | None:
-    """The family whose models have these modules; None where none has any of them. Unlike what `lora.family_of` tells,
-    names and sizes count for more than the metadata, which may be wrong.
+    """The family whose models have these modules, the first of those that `possible` leaves; None where none has any.
+    Whatever works on a file asks this, or `lora.family_of`, which doesn't choose."""
+    return next(iter(possible(keys, metadata)), None)
 
-    Where names fit several, as those of SD1 and SD2 do: the widths of texts tell, else the text encoder's depth, else
-    the metadata, else whether projections are linear.
+
+def possible(keys: Keys, metadata: Mapping[str, str]) -> list[Family]:
+    """The families whose models have the most of these modules. Names and sizes count for more than the metadata,
+    which may be wrong, and of metadata only values that are known.
+
+    Where names fit several, as those of SD1 and SD2 do: the widths of texts tell, else the metadata, else whether
+    projections are linear, or how text encoders are called in a file that has nothing else.
     """
     names = {plain_name(one.name) for one in keys.modules}
     counts = {family.name: len(names & places(family).keys()) for family in FAMILIES.values()}
     most = max(counts.values())
     left = [family for family in FAMILIES.values() if counts[family.name] == most and most]
     widths = {
-        one.sizes[1] for one in keys.modules if one.sizes and one.name.endswith(("attn2_to_k", "self_attn_k_proj"))
+        (plain_name(one.name), one.width)
+        for one in keys.modules
+        if one.width and one.name.endswith(("attn2_to_k", "attn2_to_v", "self_attn_k_proj"))
     }
-    version = metadata.get("ss_base_model_version", "")
-    v2 = metadata.get("ss_v2") == "True" or _has_linear_projections(keys)
+    told = family_by_metadata(metadata)
+    windows = {one.ndim for one in keys.modules if one.ndim and one.name.endswith(("_proj_in", "_proj_out"))}
+    first = _only_encoder(keys)
     tests: tuple[Callable[[Family], bool], ...] = (
-        lambda family: _text_width(family) in widths,
-        lambda family: version in family.versions.values(),
-        lambda family: family.v2 == v2,
+        lambda family: any((place := places(family).get(name)) and place.size_in == size for name, size in widths),
+        lambda family: family is told,
+        lambda family: told is None and metadata.get("ss_v2") == "True" and family.v2,
+        lambda family: _linear_projections(family) == (windows == {2}) and len(windows) == 1,
+        lambda family: first is not None and len(family.text_encoders) == first,
     )
     for test in tests:
         left = [family for family in left if test(family)] or left
-    return left[0] if left else None
+    return left
 
 
-def _text_width(family: Family) -> int:
-    return int(packaged(family.name, "unet")["cross_attention_dim"])
+def family_by_metadata(metadata: Mapping[str, str]) -> Family | None:
+    """The family that metadata name by a value that we know."""
+    version = metadata.get("ss_base_model_version", "")
+    found = next((family for family in FAMILIES.values() if version in family.versions.values()), None)
+    if found is None:
+        model = metadata.get("modelspec.architecture", "")
+        found = next((FAMILIES[name] for start, name in _ARCHITECTURES.items() if model.startswith(start)), None)
+    return found
 
 
-def _has_linear_projections(keys: Keys) -> bool:
-    """As the U-Nets of SD2's diffusers folders have them, while SD1's are 1x1 convolutions."""
-    return {len(shape) for key, shape in keys.shapes.items() if "proj_in" in key and len(shape) > 1} == {2}
+def _linear_projections(family: Family) -> bool:
+    """Whether U-Nets of a family have Linear projections, as diffusers' folders of SD2 have; SD1's are 1x1 kernels."""
+    return family.v2 or bool(packaged(family.name, "unet").get("use_linear_projection"))
+
+
+def _only_encoder(keys: Keys) -> int | None:
+    """In a file of the first text encoder alone, how many its family has: those of two have numbers in their names.
+    None of other files."""
+    starts = {one.name.partition("_text_model")[0] for one in keys.modules}
+    if keys.styles != {"kohya"} or len(starts) != 1:
+        return None
+    return {"lora_te": 1, "lora_te1": 2}.get(starts.pop())
 
 
 def plain_name(name: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from library.weights.loras.forms import delta, factors
 from library.weights.loras.forms import kind as kind_of
 from library.weights.loras.lora import Module
-from library.weights.loras.low_rank import norm, numerical_rank, svd_of
+from library.weights.loras.low_rank import norm, numerical_rank
 from library.weights.loras.lycoris import Kind
 from library.weights.loras.tables import block_of, block_order
 
@@ -79,7 +79,7 @@ def facts_of(module: Module) -> ModuleFacts:
         return ModuleFacts(module.name, kind, rank, module.alpha, None, None, not_finite, too_large)
     found = factors(module)
     if found is not None:
-        used = numerical_rank(svd_of(found, module.name), _rounding(own.values()))
+        used = numerical_rank(found, _rounding(own.values()), module.name)
         return ModuleFacts(module.name, kind, rank, module.alpha, norm(found), used, (), too_large)
     whole = delta(module)
     size = None if whole is None else float(whole.norm())
