@@ -1,6 +1,7 @@
 """What the scripts in tools/ share: how they end, and the flags that several of them have. Imports no torch."""
 
 import argparse
+import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ def run(work: Callable[[], object]) -> int:
         work()
     except UserError as fault:
         return complain(fault)
+    except shutil.Error as fault:
+        error(_first_reason(fault))
+        return 2
     except OSError as fault:
         error(f"{fault.filename}: {fault.strerror}" if fault.filename and fault.strerror else str(fault))
         return 2
@@ -30,6 +34,16 @@ def run(work: Callable[[], object]) -> int:
         error("interrupted; nothing half-written is left")
         return INTERRUPTED
     return 0
+
+
+def _first_reason(fault: shutil.Error) -> str:
+    """A line for a folder that couldn't be copied: its first file that wasn't, and why."""
+    entries = fault.args[0] if fault.args else None
+    if not isinstance(entries, list) or not entries or len(entries[0]) != 3:
+        return str(fault)
+    _, target, why = entries[0]
+    reason = str(why).partition("] ")[2] or str(why)
+    return f"{target}: {reason.partition(': ')[0]}"
 
 
 def add_precision(parser: argparse.ArgumentParser, flag: str, meaning: str, default: str | None = None) -> None:

@@ -11,7 +11,7 @@ and so is what a new file gets in its place. Pickles (.ckpt) are read without ru
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--use_safetensors", action="store_true", help="nothing to do: folders always get .safetensors")
     found.add_argument(
         "--reference_model",
-        type=Path,
-        help="for a folder: a diffusers folder whose tokenizers and "
+        help="for a folder: a diffusers folder, or hub id, whose tokenizers and "
         "scheduler are taken; for a file: a file whose unused tensors are taken over",
     )
     found.add_argument("--vae", help="a file, folder or hub id whose VAE is taken")
@@ -77,36 +76,51 @@ def work(given: argparse.Namespace) -> None:
     Raises:
         UserError: flags that contradict each other or the model, a model that can't be read, no room.
     """
-    precision, metadata = _check(given)
     from library.console import say
-    from library.models.tensors import Reader
+
+    precision, metadata = _check(given)
+    say("loading libraries")
+    from library.models.tensors import WatchfulReader
     from library.tool_script import dtype_of
     from library.weights.checkpoints.folders import write_model
-    from library.weights.checkpoints.layouts import file_shaped, groups, held, unused
+    from library.weights.checkpoints.layouts import file_shaped, groups, held, is_ema, unused
     from library.weights.checkpoints.opened import BaseModel
     from library.weights.checkpoints.single_files import taken_over, write_file
+    from library.weights.outputs import tell_replaced
 
-    looked = _look(given)
+    tell_replaced(given.dst, [given.src])
+    looked, reference = _look(given)
     model = BaseModel(file_shaped(looked, linear=given.unet_use_linear_projection and looked.family.v2))
     tensors = held(model)
-    left, dtype, reference = unused(model, tensors), dtype_of(precision), given.reference_model
-    with Reader() as reader:
+    left, dtype = unused(model, tensors), dtype_of(precision)
+    with WatchfulReader() as reader:
         if _is_folder(given.dst):
-            write_model(
-                model, tensors, given.dst, reader, dtype=dtype, variant=given.variant, reference=given.reference_model
-            )
+            write_model(model, tensors, given.dst, reader, dtype=dtype, variant=given.variant, reference=reference)
             _list("left out, as it has no place in a folder", groups(model, left))
         else:
             spare = left if looked.layout == "single_file" else []
+            copies = [one for one in spare if is_ema(one)] if dtype is not None else []
+            spare = [one for one in spare if one not in copies]
             if reference:
                 other = BaseModel(_inspected(str(reference), "--reference_model"))
                 spare = [*spare, *taken_over(other, model, tensors, f"--reference_model {reference}")]
-            added = write_file(model, tensors, given.dst, reader, dtype=dtype, spare=spare, metadata=metadata)
+            added = write_file(
+                model,
+                tensors,
+                given.dst,
+                reader,
+                dtype=dtype,
+                spare=spare,
+                metadata=metadata,
+                predicts=given.prediction_type,
+            )
             found: dict[str, list[str]] = {}
             for one in added:
                 found.setdefault(one.why, []).append(one.planned.name)
             _list("put into the file beside the model", found)
-            _list("left out, as it has no place in a file", {} if spare else groups(model, left))
+            _list("left out, as another precision is asked for", groups(model, copies))
+            _list("left out, as it has no place in a file", groups(model, left) if looked.layout == "folder" else {})
+    _tell_broken(reader.broken)
     say(f"written: {given.dst}")
 
 
@@ -119,6 +133,18 @@ def _list(title: str, found: Mapping[str, Sequence[str]]) -> None:
     for what, names in found.items():
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         say(f"  {what}: {', '.join(names[:_SHOWN])}{more}")
+
+
+def _tell_broken(names: Iterable[str]) -> None:
+    """Warn of weights that are no finite numbers; buffers of a noise schedule may be infinite."""
+    from library.console import warn
+    from library.weights.checkpoints.layouts import of_schedule
+
+    found = sorted(name for name in names if not of_schedule(name))
+    if found:
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        what = "they are written as they are; the model is damaged, or its training diverged"
+        warn(f"values that are no finite numbers are in {', '.join(found[:_SHOWN])}{more}: {what}")
 
 
 def _is_folder(path: Path) -> bool:
@@ -134,7 +160,7 @@ def _check(given: argparse.Namespace) -> tuple[str | None, dict[str, str]]:
     """
     from library.console import say
     from library.errors import Problem, UserError
-    from library.weights.outputs import MODEL_ENDINGS, folder_problems, output_problems
+    from library.weights.outputs import MODEL_ENDINGS, folder_problems, inside_problems, output_problems
 
     problems: list[Problem] = []
     chosen = {name for name in ("fp16", "bf16", "float") if getattr(given, name)} | {given.save_precision_as} - {None}
@@ -149,7 +175,7 @@ def _check(given: argparse.Namespace) -> tuple[str | None, dict[str, str]]:
         for flag in ("metadata", "epoch", "global_step"):
             if getattr(given, flag):
                 problems.append(Problem(f"--{flag}", "has no place in a folder", "leave it out, or write a file"))
-        problems += folder_problems(given.dst, "dst")
+        problems += [*folder_problems(given.dst, "dst"), *inside_problems(given.src, given.dst, "dst")]
     else:
         problems += output_problems(given.dst, "dst", MODEL_ENDINGS)
     if given.variant is not None and not given.variant.isalnum():
@@ -187,8 +213,8 @@ def _metadata(text: str | None) -> dict[str, str]:
     }
 
 
-def _look(given: argparse.Namespace) -> "ModelInfo":
-    """The model at `src`, and what it predicts.
+def _look(given: argparse.Namespace) -> "tuple[ModelInfo, Path | None]":
+    """The model at `src` with what it predicts, and the place of --reference_model.
 
     Raises:
         UserError: none of a known family, incomplete, or not what flags say.
@@ -198,7 +224,6 @@ def _look(given: argparse.Namespace) -> "ModelInfo":
     from library.console import say
     from library.errors import UserError
     from library.models.info import Said
-    from library.weights.checkpoints.folders import check_reference
 
     velocity = None if given.prediction_type is None else given.prediction_type == "v_prediction"
     places = {"v_parameterization": "--prediction_type"}
@@ -214,14 +239,39 @@ def _look(given: argparse.Namespace) -> "ModelInfo":
     if given.v1 and (info.family.v2 or info.family.takes_sizes):
         wrong = f"{info.name} is an {info.family.title} model, by the tensors and configs that it has"
         raise UserError.single("--v1", wrong, "leave it out")
-    if given.reference_model and _is_folder(given.dst):
-        check_reference(given.reference_model, info)
+    reference = _reference(given, info)
     say(info.line)
     if info.prediction_type is not None:
-        return info
+        return info, reference
     from library.models.load import load
 
-    return replace(info, prediction_type=load(info, with_vae=False).prediction_type)
+    return replace(info, prediction_type=load(info, with_vae=False).prediction_type), reference
+
+
+def _reference(given: argparse.Namespace, info: "ModelInfo") -> Path | None:
+    """The file or folder of --reference_model; None without, or if it is a hub model that can't be had."""
+    from library.console import warn
+    from library.errors import UserError
+    from library.models import hub
+    from library.models.places import is_hub_id
+    from library.weights.checkpoints.folders import check_reference, reference_files
+
+    name, flag = given.reference_model, "--reference_model"
+    if not name:
+        return None
+    place = Path(name).expanduser()
+    if not place.exists() and is_hub_id(name):
+        if not _is_folder(given.dst):
+            wrong = f"{name} is not here; a new file takes its other tensors from a file"
+            raise UserError.single(flag, wrong, "give such a file, or leave it out")
+        try:
+            place = hub.fetch(name, reference_files(info), flag)
+        except UserError as fault:
+            warn(f"{fault.problems[0].wrong}: the usual tokenizers and scheduler are taken, which are packaged")
+            return None
+    if _is_folder(given.dst):
+        check_reference(place, info)
+    return place
 
 
 def _inspected(path: str, flag: str, **more: Any) -> "ModelInfo":

@@ -73,15 +73,18 @@ def work(given: argparse.Namespace) -> None:
         UserError: flags, or models that can't be read or don't belong together.
     """
     _check(given)
+    from library.console import say, track, warn
+
     family, prediction = _families(given)
+    say("loading libraries")
     import torch
 
-    from library.console import say, track, warn
     from library.errors import UserError
     from library.tool_script import device_of, dtype_of
     from library.weights.checkpoints.difference import Difference
     from library.weights.checkpoints.extraction import Extraction, extracted, text_differs, wanted
     from library.weights.checkpoints.opened import open_model
+    from library.weights.loras.alphas import with_one_alpha
     from library.weights.loras.lora import Lora, write
     from library.weights.loras.ranks import Criterion
 
@@ -108,7 +111,8 @@ def work(given: argparse.Namespace) -> None:
     if len(kept) < len(found):
         say(f"{len(found) - len(kept)} of {len(found)} modules don't differ at all and are left out")
     metadata = _metadata(given, family, prediction)
-    write(Lora(given.save_to, "kohya", kept, metadata), given.save_to, dtype=dtype)
+    lora = Lora(given.save_to, "kohya", kept, metadata)
+    write(with_one_alpha(lora) if given.dynamic_method else lora, given.save_to, dtype=dtype)
     _show(given, found)
     say(f"LoRA of {len(kept)} modules: {given.save_to}")
 

@@ -12,7 +12,6 @@ the new one has the first's layout. What has no two factors (DoRA, IA3, OFT ...)
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.errors import Problem
+    from library.models.families import Family
     from library.weights.loras.block_weights import BlockList
     from library.weights.loras.lora import Lora
     from library.weights.loras.merging import Joined, Merged, Weighted
@@ -85,8 +85,10 @@ def work(given: argparse.Namespace) -> None:
 
     numbers = _check(given)
     _check_headers(given.models)
+    base = _base_family(given)
     if given.shuffle:
         say("--shuffle: nothing to do, the order of ranks has no effect here")
+    say("loading libraries")
     from library.errors import UserError
     from library.tool_script import device_of
     from library.weights.loras.lora import read
@@ -99,6 +101,9 @@ def work(given: argparse.Namespace) -> None:
     family = check_families(weighted)
     if given.v2 and family is not None and not family.v2:
         raise UserError.single("--v2", f"{files[0].path} is made for {family.title}", "leave --v2 out")
+    if base is not None and family not in (None, base):
+        wrong = f"is an {base.title} model, {files[0].path} is made for {family.title if family else 'another'}"
+        raise UserError.single(f"--sd_model {given.sd_model}", wrong, "use a model and LoRAs of one family")
     for number, one in enumerate(numbers):
         blocks = block_list(one, family or SD1, f"--lbws, list {number + 1}")
         _tell_unnamed(files[number], blocks)
@@ -107,6 +112,23 @@ def work(given: argparse.Namespace) -> None:
         _into_model(given, weighted, device)
     else:
         _into_lora(given, weighted, device)
+
+
+def _base_family(given: argparse.Namespace) -> "Family | None":
+    """The family of --sd_model, by its headers or configs, after what they tell of --save_to; None without the flag.
+
+    Raises:
+        UserError: it is no base model.
+    """
+    from library.models.bases import open_base
+    from library.models.places import Place
+    from library.weights.outputs import tell_replaced
+
+    if given.sd_model is None:
+        return None
+    found = open_base(Place(given.sd_model, given.sd_model.name, "--sd_model"), None).family
+    tell_replaced(given.save_to, [given.sd_model])
+    return found
 
 
 def _check(given: argparse.Namespace) -> list[tuple[float, ...]]:
@@ -118,6 +140,7 @@ def _check(given: argparse.Namespace) -> list[tuple[float, ...]]:
     from math import isfinite
 
     from library.errors import Problem, UserError
+    from library.weights.checkpoints.replaced_folder import new_folder_problems
     from library.weights.loras.block_weights import read_numbers
     from library.weights.outputs import LORA_ENDINGS, MODEL_ENDINGS, output_problems
 
@@ -143,13 +166,12 @@ def _check(given: argparse.Namespace) -> list[tuple[float, ...]]:
         ]
         if not given.sd_model.exists():
             found.append(Problem(f"--sd_model {given.sd_model}", "there is no such file or folder"))
+    if into_model and given.sd_model.is_dir():
+        found += new_folder_problems(given.sd_model, given.save_to)
     if not into_model or given.sd_model.is_file():
         found += output_problems(given.save_to, "--save_to", MODEL_ENDINGS if into_model else LORA_ENDINGS)
     if not into_model and given.unmerge and count < 2:
         found.append(Problem("--unmerge", "there is nothing to take away", "give --sd_model, or two files or more"))
-    if not into_model and given.save_to.is_dir():
-        found.append(Problem(f"--save_to {given.save_to}", "is a folder", "give a file name"))
-    found += _unwritable(given.save_to)
     numbers = []
     for place, text in enumerate(given.lbws or (), 1):
         try:
@@ -159,18 +181,6 @@ def _check(given: argparse.Namespace) -> list[tuple[float, ...]]:
     if found:
         raise UserError(found)
     return numbers
-
-
-def _unwritable(save_to: Path) -> "list[Problem]":
-    """What keeps a file from being put there."""
-    from library.errors import Problem
-
-    folder = next(place for place in save_to.absolute().parents if place.exists())
-    if not folder.is_dir():
-        return [Problem(f"--save_to {save_to}", f"{folder} is a file", "give another folder")]
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return [Problem(f"--save_to {save_to}", f"no permission to write in {folder}", "give another folder")]
-    return []
 
 
 def _cuts(given: argparse.Namespace) -> bool:
@@ -247,8 +257,9 @@ def _into_lora(given: argparse.Namespace, weighted: "Sequence[Weighted]", device
     from library.tool_script import dtype_of
     from library.weights.loras.lora import write
     from library.weights.loras.merged_metadata import merged_metadata
-    from library.weights.loras.merging import check_families, merged
+    from library.weights.loras.merging import check_families, merged, refuse_in_layout
 
+    refuse_in_layout(weighted, given.layout or weighted[0].lora.layout)
     rank = (given.new_rank or DEFAULT_RANK) if _cuts(given) else None
     dtype = dtype_of(given.save_precision) or torch.float32
     found = merged(
@@ -278,7 +289,7 @@ def _show(found: "Merged") -> None:
     """A table on stdout: for each block, ranks before and after, and how much of the change is kept."""
     from library.models.families import SD1
     from library.weights.loras.block_weights import SLOTS, slot_of
-    from library.weights.loras.merging import family_of
+    from library.weights.loras.lora import family_of
     from library.weights.loras.tables import show_table
 
     family = family_of(found.lora) or SD1

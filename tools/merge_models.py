@@ -69,15 +69,19 @@ def work(given: argparse.Namespace) -> None:
     """
     if given.ratios is None:
         given.ratios = [1.0] if given.difference else [1 / len(given.models)] * len(given.models)
+    from library.console import say
+    from library.weights.outputs import tell_replaced
+
     _check(given)
     bases = _opened(given)
+    tell_replaced(given.output, given.models)
+    say("loading libraries")
     from library.weights.loras.block_weights import block_list, read_numbers
 
     where, family = "--block_weights", bases[0].family
     lists = [block_list(read_numbers(text, where), family, where) for text in given.block_weights or ()]
     import torch
 
-    from library.console import say
     from library.models.tensors import Reader
     from library.tool_script import device_of, dtype_of
     from library.weights.checkpoints.blend import Work, plan_blend
@@ -136,10 +140,8 @@ def _opened(given: argparse.Namespace) -> "list[SingleFile]":
     Raises:
         UserError: one is no base model, or they are of several families; all problems at once.
     """
-    from library.console import warn
     from library.errors import Problem, UserError
     from library.models.bases import SingleFile
-    from library.models.evidence import SAYING
     from library.models.places import Place
 
     bases: list[SingleFile] = []
@@ -155,12 +157,30 @@ def _opened(given: argparse.Namespace) -> "list[SingleFile]":
             problems.append(Problem(f"--models {base.place.path}", wrong, "merge models of one family"))
     if problems:
         raise UserError(problems)
-    told = {base.place.path: base.evidence().prediction for base in bases}
-    known = {path: prediction for path, prediction in told.items() if prediction is not None}
-    if len({prediction for prediction, _ in known.values()}) > 1 and not given.difference:
-        phrases = ", ".join(f"{path.name} {SAYING[prediction]} ({why})" for path, (prediction, why) in known.items())
-        warn(f"the models are made for different predictions, what comes out may be of no use: {phrases}")
+    _warn_of_mixture(given, bases)
     return bases
+
+
+def _warn_of_mixture(given: argparse.Namespace, bases: "Sequence[SingleFile]") -> None:
+    """Say so where models that predict different things, or have different noise schedules, are added up.
+
+    Of a difference only the two that make it count: what they share stays out of it.
+    """
+    from library.console import warn
+    from library.models.evidence import decide
+    from library.models.info import Said
+
+    told = [decide(base.family, base.evidence(), Said(), base.place.name) for base in bases]
+    numbers = [1, 2] if given.difference else [n for n, ratio in enumerate(given.ratios) if ratio or n == 0]
+    added = [told[number] for number in numbers]
+    predictions = {one.prediction_type for one in added} - {None}
+    if len(predictions) < 2 and len({one.zero_terminal_snr for one in added}) < 2:
+        return
+    what = "predictions" if len(predictions) > 1 else "noise schedules"
+    phrases = "; ".join(f"{bases[number].place.name} {', '.join(told[number].findings)}" for number in numbers)
+    first = bases[0].place.name + ("" if given.ratios[0] or given.difference else ", whose ratio is 0")
+    warn(f"the models are made for different {what}, what comes out may be of no use: {phrases}")
+    warn(f"programs will take the new file for what its first model is: {first}")
 
 
 def _recipe(given: argparse.Namespace, lists: "Sequence[Share]") -> "Recipe":

@@ -14,6 +14,8 @@ from library.models.recognise import UNET, VAE
 from library.models.sgm_names import sgm_path
 from library.models.single_configs import packaged
 
+PART_PREFIXES = (UNET, VAE, "cond_stage_model.", "conditioner.")
+"""What the names of all weights in a file begin with; copies, buffers of schedules and marks have other names."""
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _VAE_LEAVES = {"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut"}
 _VAE_CONTAINERS = {"resnets": "block", "downsamplers": "downsample", "upsamplers": "upsample"}
@@ -31,6 +33,16 @@ _OPEN_CLIP_LAYER = {
     "self_attn.out_proj": "attn.out_proj",
 }
 _QUERY_KEY_VALUE = ("q", "k", "v")
+_UNET_ENDS = (
+    *("conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1"),
+    *("add_embedding.linear_2", "conv_norm_out", "conv_out"),
+)
+_RESNET_MODULES = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
+_ATTENTION_MODULES = ("norm", "proj_in", "proj_out")
+_TRANSFORMER_MODULES = (
+    *("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2"),
+    *(f"attn{number}.{name}" for number in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")),
+)
 _KNOWN = "models of SD1, SD2 and SDXL have that layout"
 
 
@@ -98,6 +110,44 @@ def originals(family: Family, part: Part, config: Mapping[str, Any], names: Iter
             yield Original(f"{before}text_model.{name}", (name,))
 
 
+def unet_names(family: Family, config: Mapping[str, Any], depth: int) -> Iterator[str]:
+    """Every name that a tensor of a U-Net with this config may have in diffusers; a U-Net has not all of them.
+
+    Args:
+        depth: transformer blocks in the deepest attention.
+    """
+    whole = packaged(family.name, "unet") | dict(config)
+    layers = _layers(whole)
+    places = [f"mid_block.{kind}" for kind in ("resnets.0", "attentions.0", "resnets.1")]
+    for level, (down, up) in enumerate(zip(layers, reversed(layers), strict=True)):
+        for way, count, sampler in (("down", down, "downsamplers"), ("up", up + 1, "upsamplers")):
+            block = f"{way}_blocks.{level}"
+            places += [f"{block}.{kind}.{layer}" for kind in ("resnets", "attentions") for layer in range(count)]
+            places.append(f"{block}.{sampler}.0")
+    inside = {
+        "resnets": _RESNET_MODULES,
+        "attentions": (
+            *_ATTENTION_MODULES,
+            *(f"transformer_blocks.{number}.{name}" for number in range(depth) for name in _TRANSFORMER_MODULES),
+        ),
+    }
+    modules = [*_UNET_ENDS]
+    for place in places:
+        modules += [f"{place}.{name}" for name in inside.get(place.split(".")[-2], ("conv",))]
+    for module in modules:
+        yield from (f"{module}.weight", f"{module}.bias")
+
+
+def open_clip_names(layers: int) -> Iterator[str]:
+    """Every name that a tensor of OpenCLIP's text encoder has in transformers, without `text_model.`."""
+    yield from _OPEN_CLIP
+    yield "text_projection.weight"
+    modules = [*_OPEN_CLIP_LAYER, *(f"self_attn.{letter}_proj" for letter in _QUERY_KEY_VALUE)]
+    for number in range(layers):
+        for module in modules:
+            yield from (f"encoder.layers.{number}.{module}.{leaf}" for leaf in ("weight", "bias"))
+
+
 def linear_projections(family: Family) -> bool:
     """Whether files of a family have matrices around the U-Net's transformers, as all since OpenCLIP, or 1x1 kernels.
 
@@ -114,13 +164,17 @@ def _projects(name: str) -> bool:
     return name.endswith((".proj_in.weight", ".proj_out.weight"))
 
 
+def _layers(config: Mapping[str, Any]) -> list[int]:
+    """How many each level of a U-Net has, going down."""
+    each = config["layers_per_block"]
+    return list(each) if isinstance(each, Sequence) else [each] * len(config["block_out_channels"])
+
+
 class _Blocks:
     """Where the blocks of a U-Net with a diffusers config stand in the original one's two lists."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        levels = len(config["block_out_channels"])
-        each = config["layers_per_block"]
-        layers = list(each) if isinstance(each, Sequence) else [each] * levels
+        layers = _layers(config)
         self._down_starts, self._up_starts = [1], [0]
         for count in layers:
             self._down_starts.append(self._down_starts[-1] + count + 1)

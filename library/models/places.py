@@ -44,10 +44,16 @@ def locate(given: str, flag: str, wanted: hub.Wanted) -> Place:
     path = Path(given).expanduser()
     if path.exists():
         return Place(path, path.name or path.resolve().name, flag)
-    endings = (".safetensors", *SUFFIXES)
-    if _HUB_ID.fullmatch(given) and not path.parent.is_dir() and path.suffix.lower() not in endings:
+    if is_hub_id(given):
         return Place(hub.fetch(given, wanted, flag), given, flag, from_hub=True)
     if not path.parent.is_dir():
         raise UserError.single(flag, f"{given} does not exist, nor does the folder {path.parent}")
     siblings = [entry.name for entry in path.parent.iterdir()]
     raise UserError.single(flag, f"{given} does not exist", nearest(path.name, siblings))
+
+
+def is_hub_id(given: str) -> bool:
+    """Whether a name of nothing that is here is taken for `owner/name` on the hub."""
+    path = Path(given).expanduser()
+    endings = (".safetensors", *SUFFIXES)
+    return bool(_HUB_ID.fullmatch(given)) and not path.parent.is_dir() and path.suffix.lower() not in endings

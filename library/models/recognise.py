@@ -8,12 +8,15 @@ from library.models.families import FAMILIES, SD1, SD2, SDXL, Family
 from library.models.headers import Header
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-ADAPTER = "a LoRA (or another adapter), not a base model; --network_weights takes those"
+ADAPTER = (
+    "a LoRA (or another adapter), not a base model; training takes those with --network_weights, "
+    "merge_lora.py with --models"
+)
 CONTROLNET = "a ControlNet, not a base model"
 UNET_ALONE = "only the U-Net of a diffusers folder; give the folder that holds model_index.json"
 VAE_ALONE = "a VAE alone, not a base model"
 TEXT_ALONE = "a text encoder alone, not a base model"
-SUPPORTED = f"base models of {', '.join(family.title for family in FAMILIES.values())} can be trained on"
+SUPPORTED = f"give a text-to-image model of {', '.join(family.title for family in FAMILIES.values())}"
 
 _FIRST = f"{UNET}input_blocks.0.0.weight"
 _ADAPTER_ENDS = (

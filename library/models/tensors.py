@@ -166,7 +166,7 @@ class Reader:
         self._files.clear()
 
     def read(self, source: Source) -> torch.Tensor:
-        """A tensor as it is stored (its own dtype), cut and turned as `source` says; contiguous.
+        """A tensor as it is stored (its own dtype), cut and turned as `source` says; contiguous. Any values pass.
 
         Raises:
             UserError: of a type that torch doesn't have, or the file became shorter.
@@ -182,6 +182,25 @@ class Reader:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY)
             return self._files[path]
+
+
+class WatchfulReader(Reader):
+    """A reader that remembers which tensors hold values that are no finite numbers; they pass nevertheless.
+
+    Attributes:
+        broken: their names, each once; for reading when all threads are done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken: dict[str, None] = {}
+
+    def read(self, source: Source) -> torch.Tensor:
+        """As `Reader.read`."""
+        found = super().read(source)
+        if not finite(found):
+            self.broken[source.name] = None
+        return found
 
 
 def stored_dtype(source: Source) -> torch.dtype:
@@ -230,16 +249,19 @@ def _read(descriptor: int, start: int, raw: torch.Tensor, place: str) -> None:
 
 def _check_numbers(final: torch.Tensor, stored: torch.Tensor, name: str, what: str) -> None:
     """Refuse a tensor with values that are no finite numbers, in the file or only once they are cast."""
-    if final.numel() == 0 or _finite(final):
+    if finite(final):
         return
-    if not _finite(stored if stored.dtype.itemsize > 1 else stored.float()):
+    if not finite(stored):
         wrong = f"its tensor {name} holds values that are no finite numbers"
         raise UserError.single(what, wrong, "the file is damaged, or its training diverged; use another one")
     wrong = f"its tensor {name} holds values that are too large for {str(final.dtype).removeprefix('torch.')}"
     raise UserError.single(what, wrong, "use --mixed_precision bf16 or no")
 
 
-def _finite(values: torch.Tensor) -> bool:
+def finite(values: torch.Tensor) -> bool:
     """Are all values finite? Dense memory is walked in its own order, which is ten times faster."""
+    if not values.numel() or not values.is_floating_point():
+        return True
+    values = values if values.dtype.itemsize > 1 else values.float()
     dense = values.permute(0, 2, 3, 1) if values.ndim == 4 else values
     return all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(dense)).tolist())

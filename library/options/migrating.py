@@ -35,7 +35,8 @@ _SCRIPTS = {
     "LoRA was trained on",
     "tools/show_metadata.py": "`tools/show_metadata.py`",
     "tools/merge_models.py": "`tools/merge_models.py`",
-    "tools/convert_diffusers20_original_sd.py": "`tools/convert_checkpoint.py`",
+    "tools/convert_diffusers20_original_sd.py": "`tools/convert_checkpoint.py`; files are written as `.safetensors`, "
+    "never as `.ckpt`",
     "tools/resize_images_to_resolution.py": "`tools/resize_images.py`",
     "tools/latent_upscaler.py, tools/original_control_net.py": "not part of this project: they belong to drawing",
     "finetune/make_captions.py": "`tools/caption_images.py`",

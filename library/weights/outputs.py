@@ -4,10 +4,11 @@ not at all. No torch."""
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from library.console import say
 from library.errors import Problem
 
 LORA_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
@@ -40,6 +41,18 @@ def folder_problems(path: Path, flag: str) -> Iterator[Problem]:
         yield Problem(where, "is a file", "give the name of a new folder")
     else:
         yield from _place_problems(path, where)
+
+
+def inside_problems(old: Path, path: Path, flag: str) -> Iterator[Problem]:
+    """What speaks against a new folder within the one that it is made of."""
+    if old.is_dir() and old.resolve() in path.resolve().parents:
+        yield Problem(f"{flag} {path}", f"lies within {old}", "give the name of a folder elsewhere")
+
+
+def tell_replaced(path: Path, given: Iterable[Path]) -> None:
+    """Say so where the new file takes the place of one that it is made of."""
+    if path.exists() and any(one.exists() and path.samefile(one) for one in given):
+        say(f"{path} is one of the files that are read: it is replaced once the new one is whole")
 
 
 def _place_problems(path: Path, where: str) -> Iterator[Problem]:

@@ -307,7 +307,7 @@ def test_folders_of_loras_are_named(tmp_path: Path) -> None:
     message = refusal(tmp_path)
     assert f"{file.name} in it is a LoRA" in message and "did you mean" not in message
     file.rename(file.with_suffix(".bin"))
-    assert f"{tmp_path} is a LoRA (or another adapter), not a base model; --network_weights" in refusal(tmp_path)
+    assert f"{tmp_path} is a LoRA (or another adapter), not a base model; training takes" in refusal(tmp_path)
 
 
 def test_only_a_file_that_is_a_base_model_is_offered(tmp_path: Path) -> None:

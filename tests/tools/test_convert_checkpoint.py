@@ -191,6 +191,80 @@ def test_another_vae_is_taken(convert: Convert, tiny_models: Find, tmp_path: Pat
     assert all(found[name].equal(tensor + 1) for name, tensor in tensors.items())
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def test_a_guess_does_not_become_evidence(convert: Convert, tiny_models: Find, tmp_path: Path) -> None:
+    key = "modelspec.prediction_type"
+    folder_as_single_file(tiny_models("sdxl"), tmp_path / "v.safetensors", metadata={key: "v"})
+    bare = Path(shutil.copytree(tiny_models("sd1"), tmp_path / "bare"))
+    config = bare / "scheduler/scheduler_config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({name: value for name, value in told.items() if name != "prediction_type"}))
+    for source, more, expected in (
+        (tiny_models("sd1_file"), (), None),
+        (bare, (), None),
+        (tiny_models("sd1_file"), ("--prediction_type", "epsilon"), "epsilon"),
+        (tiny_models("sd1"), (), "epsilon"),
+        (tmp_path / "v.safetensors", (), "v"),
+    ):
+        assert convert(source, tmp_path / "new.safetensors", *more) == 0
+        found = metadata_of(tmp_path / "new.safetensors")
+        assert found.get(key) == expected
+        assert "modelspec.architecture" in found
+
+
+def test_what_happens_to_the_file_is_told(
+    convert: Convert, tiny_models: Find, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copies in another precision than the weights, values that are no numbers, and a file that replaces itself."""
+    file, name = tmp_path / "model.safetensors", "first_stage_model.decoder.conv_in.bias"
+    endless = np.full(2, np.inf, np.float32)
+    extra = {"model_ema.x": np.ones(1, np.float32), "sqrt_recip_alphas_cumprod": endless}
+    folder_as_single_file(tiny_models("sd1"), file, extra=extra)
+    assert convert(file, file, "--fp16") == 0
+    told = capsys.readouterr().err
+    assert "another precision is asked for:\n  EMA copies: model_ema.x" in told
+    assert f"{file} is one of the files that are read: it is replaced" in told
+    assert "warning" not in told
+    tensors = load_file(file)
+    assert "model_ema.x" not in tensors and tensors["sqrt_recip_alphas_cumprod"].dtype == torch.float32
+    save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, file)
+    assert convert(file, tmp_path / "new") == 0
+    assert f"values that are no finite numbers are in {name}: " in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_hub_model_as_reference(
+    convert: Convert,
+    tiny_models: Find,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its tokenizer and scheduler out of the hub's cache; one that can't be had is replaced by what is packaged."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    kept = tmp_path / "models--me--it/snapshots/1"
+    for name in ("scheduler", "tokenizer"):
+        shutil.copytree(tiny_models("sd1") / name, kept / name)
+    shutil.copy(tiny_models("sd1") / "model_index.json", kept)
+    (tmp_path / "models--me--it/refs").mkdir()
+    (tmp_path / "models--me--it/refs/main").write_text("1")
+    scheduler = json.loads((kept / "scheduler/scheduler_config.json").read_text()) | {"beta_end": 0.0123}
+    (kept / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    for name, beta, warned in (("me/it", 0.0123, False), ("you/that", 0.012, True)):
+        new = tmp_path / name.replace("/", "_")
+        assert convert(tiny_models("sd1_file"), new, "--reference_model", name) == 0
+        assert json.loads((new / "scheduler/scheduler_config.json").read_text())["beta_end"] == beta
+        assert (new / "tokenizer/vocab.json").is_file()
+        told = " ".join(capsys.readouterr().err.split())
+        assert ("the usual tokenizers and scheduler are taken" in told) == warned
+
+
 WRONG = {
     "two precisions": (("{sd1}", "{new}.safetensors", "--fp16", "--bf16"), "contradict each other"),
     "a pickle to write": (("{sd1}", "{new}.ckpt"), "use .safetensors"),
@@ -200,6 +274,8 @@ WRONG = {
     "the other one": (("{sdxl_file}", "{new}", "--v1"), "is an SDXL model"),
     "nothing there": (("{new}.safetensors", "{new}"), "src: "),
     "a place within a file": (("{sd1}", "{lora}/x.safetensors"), "is no folder"),
+    "a folder in itself": (("{sd1}", "{sd1}/inner"), "lies within"),
+    "a hub model as a file's reference": (("{sd1}", "{new}.safetensors", "--reference_model", "me/it"), "from a file"),
     "a folder that is full": (("{sd1_file}", "{sd1}"), "isn't empty"),
     "a LoRA": (("{lora}", "{new}"), "a LoRA (or another adapter)"),
     "an embedding": (("{embedding}", "{new}"), "an embedding"),

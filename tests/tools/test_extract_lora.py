@@ -163,6 +163,7 @@ def test_ranks_by_a_criterion(tiny_sd1: Path, tuned: Callable[[str], tuple[Path,
     for method, parameter in (("sv_fro", 0.8), ("sv_ratio", 1.5), ("sv_cumulative", 0.6)):
         out = tmp_path / f"{method}.safetensors"
         assert run(tiny_sd1, folder, out, "--dim", 8, "--dynamic_method", method, "--dynamic_param", parameter) == 0
+        assert len({float(tensor) for key, tensor in load_file(out).items() if key.endswith(".alpha")}) == 1
         for name, tensor in load_file(out).items():
             if not name.endswith("lora_down.weight"):
                 continue
@@ -202,7 +203,7 @@ def test_a_pickle_reads_like_a_safetensors_file(
 ) -> None:
     folder, base = tuned("sd1")[0], tiny_models("sd1_file")
     torch.save({"state_dict": load_file(base)}, tmp_path / "base.ckpt")
-    outs = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    outs = [tmp_path / name / "same.safetensors" for name in ("one", "other")]
     assert run(base, folder, outs[0], "--no_metadata") == 0
     assert run(tmp_path / "base.ckpt", folder, outs[1], "--no_metadata") == 0
     assert outs[0].read_bytes() == outs[1].read_bytes()

@@ -87,11 +87,8 @@ def test_two_files_become_their_sum(name: str, tiny_models: Models, tmp_path: Pa
     assert json.loads(told["ss_tag_frequency"]) == {"2_cat": {"cat": 3, "sitting": 2, "outdoors": 1}}
     assert len(told["sshs_model_hash"]) == 64
     assert told["sshs_model_hash"] != "0" * 64
-    tensors = load_file(out)
-    for key, tensor in tensors.items():
-        if key.endswith(".lora_down.weight"):
-            alpha = tensors[key.replace("lora_down.weight", "alpha")]
-            assert (alpha.dtype, float(alpha)) == (torch.float32, tensor.shape[0])
+    alphas = {(tensor.dtype, float(tensor)) for key, tensor in load_file(out).items() if key.endswith(".alpha")}
+    assert alphas == {(torch.float32, float(told["ss_network_alpha"]))}
 
 
 @pytest.mark.parametrize("layout", ["kohya-diffusers", "peft"])
@@ -102,6 +99,17 @@ def test_layouts(layout: str, tiny_models: Models, tmp_path: Path) -> None:
     assert merge("--models", one, one, "--layout", layout, "--save_to", out) == 0
     assert lora.read(out).layout == layout
     assert_sum(fused(out, folder), [(changes(one, folder), 2.0)])
+
+
+def test_what_a_layout_cannot_hold_is_refused_before_any_sum(
+    tiny_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = write_kohya(tmp_path / "a.safetensors", tiny_models("sd1"))
+    save_file(load_file(one) | {"bundle_emb.cat.string_to_param.*": torch.ones(2, 8)}, one, metadata_of(one))
+    assert merge("--models", one, one, "--layout", "peft", "--save_to", tmp_path / "out.safetensors") == 2
+    said = capsys.readouterr().err
+    assert "has embeddings, for which the layout peft has no place" in said
+    assert "merge:" not in said
 
 
 def test_missing_alphas_bfloat16_and_torch_files(tiny_models: Models, tmp_path: Path) -> None:
@@ -124,7 +132,7 @@ def test_cut_to_ranks(tiny_models: Models, tmp_path: Path, capsys: pytest.Captur
     ranks = {(3 if t.shape[2:] == (3, 3) else 1): t.shape[0] for key, t in load_file(out).items() if "down.w" in key}
     assert ranks == {1: 4, 3: 2}
     told = metadata_of(out)
-    assert json.loads(told["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "2.0"}
+    assert json.loads(told["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "4.0"}
     assert not any(key.startswith(("modelspec.", "ss_tag")) for key in told)
     assert "OUT11" in capsys.readouterr().out
     assert merge("--models", one, "--svd", "--new_rank", 5, "--save_to", out) == 0
@@ -220,6 +228,32 @@ def test_into_a_base_model_and_out_again(
     wanted = applied(one, folder, 0.5)
     for key, tensor in merged.items():
         assert torch.allclose(tensor, wanted[f"unet.{key}"], atol=1e-6), key
+
+
+def test_what_headers_tell_of_a_base_model_is_told_first(
+    tiny_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before libraries are loaded, which takes seconds; families as soon as the LoRA is read."""
+    folder = tiny_models("sd1")
+    one, other = (write_kohya(tmp_path / f"{name}.safetensors", tiny_models(name)) for name in ("sd1", "sdxl"))
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "file").touch()
+    for model, save_to, wrong in (
+        (folder, there, "is there already"),
+        (folder, tmp_path / "x.safetensors", "is the name of a file"),
+        (folder, folder / "inner", "lies within"),
+        (one, tmp_path / "x.safetensors", "is a LoRA (or another adapter), not a base model"),
+    ):
+        assert merge("--sd_model", model, "--models", one, "--save_to", save_to) == 2
+        told = capsys.readouterr().err
+        assert wrong in told and "loading libraries" not in told
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(tiny_models("sd1_file").read_bytes())
+    assert merge("--sd_model", model, "--models", other, "--save_to", tmp_path / "x.safetensors") == 2
+    assert f"--sd_model {model}: is an SD1 model, {other} is made for SDXL" in capsys.readouterr().err
+    assert merge("--sd_model", model, "--models", one, "--save_to", model) == 0
+    assert f"{model} is one of the files that are read: it is replaced" in capsys.readouterr().err
 
 
 def test_embeddings_stay_beside_the_model(

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from library.models.inspect import inspect
 from library.weights.checkpoints.blend import bent
 from tests.lora_files import damage, write_kohya
 from tests.original_layout import folder_as_single_file
@@ -122,6 +123,51 @@ def test_only_the_unet(tiny_sd1_file: Path, tmp_path: Path) -> None:
     for name, tensor in found.items():
         wanted = tensors[0][name] + tensors[1][name] if name.startswith(UNET) else tensors[0][name]
         assert torch.allclose(tensor, wanted, atol=1e-6), name
+
+
+def test_what_unet_only_leaves_is_listed(
+    tiny_sd1_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tiny_sd1_file, other(tiny_sd1_file, 1, tmp_path)]
+    run(files, tmp_path / "out.safetensors", "--unet_only", "--show_skipped")
+    told = capsys.readouterr()
+    left = [name for name in load_file(tiny_sd1_file) if not name.startswith(UNET)]
+    assert told.out.count("--unet_only") == len(left) > 100
+    assert f"{len(load_file(tiny_sd1_file)) - len(left)} of " in told.err
+
+
+@pytest.mark.parametrize(
+    ("marks", "more", "told"),
+    [
+        (("", "v"), ("--ratios", 0.3, 0.7), "different predictions"),
+        (("", "v"), ("--ratios", 0, 1), "0.safetensors, whose ratio is 0"),
+        (("v", ""), ("--ratios", 1, 0), ""),
+        (("v", "vz"), (), "different noise schedules"),
+        (("", "v", "v"), ("--difference",), ""),
+        (("", "v", ""), ("--difference",), "different predictions"),
+        (("v", "v"), (), ""),
+    ],
+)
+def test_models_that_predict_different_things_are_told(
+    marks: tuple[str, ...],
+    more: tuple[object, ...],
+    told: str,
+    tiny_sd1_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A file that predicts noise says nothing of it."""
+    tensors = load_file(tiny_sd1_file)
+    names = {"v": "v_pred", "z": "ztsnr"}
+    files = [tmp_path / f"{number}.safetensors" for number in range(len(marks))]
+    for file, mark in zip(files, marks, strict=True):
+        save_file(tensors | {names[letter]: torch.zeros(0) for letter in mark}, file)
+    out = tmp_path / "out.safetensors"
+    found = run(files, out, *more)
+    said = capsys.readouterr().err
+    assert told in said if told else "warning" not in said
+    assert ("v_pred" in found) == ("v" in marks[0])
+    assert inspect(out).prediction_type == ("v_prediction" if "v" in marks[0] else "epsilon")
 
 
 def test_interpolations_bend_the_second_ratio(tiny_sd1_file: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from library.errors import UserError
-from library.weights.checkpoints.changes import changed
+from library.weights.checkpoints.changes import changed, leaves_of
 from library.weights.loras.lora import Module, read
 from networks import oft
 from networks.base_weights import merge_base_weights
@@ -138,6 +138,13 @@ def test_norms_and_biases(tiny_models: Finder, tmp_path: Path) -> None:
     report = merge(tiny_models("sdxl"), tmp_path / "norms.safetensors", tmp_path / "out", 0.5)
     assert report.modules == 4 and report.tensors == 8
     assert_close(folder_weights(tmp_path / "out"), before | expected)
+
+
+def test_an_alpha_that_is_no_number_is_refused() -> None:
+    leaves = {"lora_up.weight": torch.ones(2, 1), "lora_down.weight": torch.ones(1, 2)}
+    assert leaves_of(Module("lora_unet_x", leaves, 1.0), "a.safetensors") == ("weight",)
+    with pytest.raises(UserError, match=r"a.safetensors: lora_unet_x.alpha is no finite number"):
+        leaves_of(Module("lora_unet_x", leaves, float("nan")), "a.safetensors")
 
 
 def test_ia3_that_scales_to_zero_can_not_be_undone() -> None:

@@ -313,3 +313,99 @@ def test_blocks_weigh_modules(tiny_models: Finder, tmp_path: Path) -> None:
     moved = {name for name in before if not torch.equal(before[name], found[name])}
     assert moved and all(name.startswith("text_encoder.") for name in moved)
     assert math.isclose(len(moved), sum("_te_" in name for name in lora.modules))
+
+
+def test_what_a_model_predicts_stays_known_and_a_guess_stays_one(
+    tiny_models: Finder, merged: Any, tmp_path: Path
+) -> None:
+    """Also where metadata alone tells it, and none is wanted."""
+    lora, _ = merged("sdxl")
+    key = "modelspec.prediction_type"
+    folder_as_single_file(tiny_models("sdxl"), tmp_path / "v.safetensors", metadata={key: "v", "modelspec.title": "V"})
+    folder_as_single_file(tiny_models("sdxl"), tmp_path / "mute.safetensors")
+    merge(tmp_path / "v.safetensors", lora, tmp_path / "bare.safetensors", with_metadata=False)
+    merge(tmp_path / "v.safetensors", lora, tmp_path / "told.safetensors")
+    merge(tmp_path / "mute.safetensors", lora, tmp_path / "guess.safetensors")
+    found = {}
+    for name in ("bare", "told", "guess"):
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            found[name] = file.metadata()
+    assert found["bare"] == {key: "v"}
+    assert found["told"][key] == "v"
+    assert key not in found["guess"] and "modelspec.architecture" in found["guess"]
+    assert inspect(tmp_path / "bare.safetensors").prediction_type == "v_prediction"
+
+
+def test_a_precision_is_for_weights_alone(tiny_models: Finder, merged: Any, tmp_path: Path) -> None:
+    """A schedule that ends in pure noise has an infinite buffer; a broken weight is the model's fault."""
+    lora, _ = merged("sd1")
+    kept = {"sqrt_recip_alphas_cumprod": np.array([1, np.inf], np.float32), "model_ema.decay": np.ones(2, np.float32)}
+    folder_as_single_file(tiny_models("sd1"), tmp_path / "base.safetensors", extra=kept)
+    merge(tmp_path / "base.safetensors", lora, tmp_path / "out.safetensors", dtype=torch.float16)
+    found = load_file(tmp_path / "out.safetensors")
+    for name, value in kept.items():
+        assert found.pop(name).equal(torch.from_numpy(value))
+    assert {value.dtype for value in found.values()} == {torch.float16}
+    place = tmp_path / "place"
+    place.mkdir()
+    tensors = load_file(tiny_models("sd1_file"))
+    for name in ("first_stage_model.decoder.conv_in.bias", "model.diffusion_model.middle_block.1.proj_in.weight"):
+        broken = tensors[name].clone()
+        broken.view(-1)[0] = torch.nan
+        save_file(tensors | {name: broken}, tmp_path / "broken.safetensors")
+        said = refused(tmp_path / "broken.safetensors", lora, place / "x.safetensors", dtype=torch.float16)
+        assert f"its tensor {name} holds values that are no finite numbers" in said and "LoRA" not in said
+
+
+def test_halves_in_a_folder_load_into_one_pipeline(tiny_models: Finder, merged: Any, tmp_path: Path) -> None:
+    import shutil
+
+    lora, _ = merged("sdxl")
+    base = Path(shutil.copytree(tiny_models("sdxl"), tmp_path / "base"))
+    for part, told in (("text_encoder", {}), ("text_encoder_2", {"torch_dtype": "float16"})):
+        file = base / part / "config.json"
+        plain = {key: value for key, value in json.loads(file.read_text()).items() if not key.endswith("dtype")}
+        file.write_text(json.dumps(plain | told))
+    merge(base, lora, tmp_path / "same")
+    assert "dtype" not in json.loads((tmp_path / "same/text_encoder/config.json").read_text())
+    merge(base, lora, tmp_path / "half", dtype=torch.float16)
+    assert json.loads((tmp_path / "half/text_encoder/config.json").read_text())["dtype"] == "float32"
+    other = json.loads((tmp_path / "half/text_encoder_2/config.json").read_text())
+    assert other["torch_dtype"] == "float16" and "dtype" not in other
+    assert lora_files.pipeline(tmp_path / "half").text_encoder.dtype == torch.float32
+
+
+def test_room_for_a_folder_is_what_it_will_take(
+    tiny_models: Finder, merged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of halves half as much, and what is copied besides."""
+    import shutil
+    from types import SimpleNamespace
+
+    lora, _ = merged("sd1")
+    merge(tiny_models("sd1"), lora, tmp_path / "half", dtype=torch.float16)
+    whole, written = (
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for folder in (tiny_models("sd1"), tmp_path / "half")
+    )
+    assert written < 0.75 * whole
+    free = {"free": written}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(**free))
+    merge(tiny_models("sd1"), lora, tmp_path / "fits", dtype=torch.float16)
+    copied = sum(file.stat().st_size for file in (tmp_path / "half").rglob("*") if file.suffix != ".safetensors")
+    free["free"] = written - copied // 2
+    with pytest.raises(UserError, match=r"MB don't fit, its disk has [\d.]+ MB left"):
+        merge(tiny_models("sd1"), lora, tmp_path / "full", dtype=torch.float16)
+
+
+def test_folders_are_looked_through_without_modules(tiny_models: Finder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds to import."""
+    from library.models import parts
+    from library.weights.checkpoints.opened import open_model
+
+    expected = open_model(tiny_models("sdxl_file"))
+    wanted = {part: {*expected.places_of(part)} for part in expected.info.parts}
+    monkeypatch.setattr(parts, "build", None)
+    folder = open_model(tiny_models("sdxl"))
+    for part, names in wanted.items():
+        assert {*folder.places_of(part)} >= names

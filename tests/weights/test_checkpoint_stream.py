@@ -1,7 +1,12 @@
 """Checkpoints written tensor by tensor: bytes, order, how far ahead tensors are made, and what goes wrong."""
 
+import errno
+import json
+import math
+import struct
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +18,13 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.headers import read_header
+from library.models.parts import build, sources
 from library.models.tensors import Reader, Source
 from library.weights import files
 from library.weights.checkpoints import stream
 from library.weights.checkpoints.opened import open_model
 from library.weights.checkpoints.stream import Planned, check_ending, write_stream
+from tests.full_size import shapes
 from tests.networks.tiny_families import FAMILIES, Finder
 
 
@@ -128,6 +135,16 @@ def test_no_room_is_told_before_anything_is_made(tmp_path: Path) -> None:
     assert not log and not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_becomes_full_names_the_file(tmp_path: Path) -> None:
+    def fail() -> Tensor:
+        raise OSError(errno.EFBIG, "File too large")
+
+    path = tmp_path / "file.safetensors"
+    with pytest.raises(OSError, match="File too large") as caught:
+        write_stream([Planned("a", torch.float32, (1,), fail)], path, {}, "writing")
+    assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("name", "wrong"), [("x.ckpt", "ends in .ckpt"), ("x", "has no ending")])
 def test_endings(name: str, wrong: str) -> None:
     check_ending(Path("x.safetensors"), "--save_to")
@@ -161,6 +178,39 @@ def test_every_target_has_its_weight_in_file_and_folder(family: str, tiny_models
             one, other = reader.read(file.weight_of(target)), reader.read(folder.weight_of(target))
             assert torch.equal(one.flatten(), other.flatten()), target.name
             assert one.shape[0] == target.out_features
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("full", [False, True])
+def test_tensors_stand_where_diffusers_converters_find_them(
+    family: str, full: bool, tiny_models: Finder, tmp_path: Path
+) -> None:
+    """Names alone tell that; the converters need modules, which take seconds to import."""
+    path = tmp_path / "model.safetensors"
+    if full:
+        _headers_of_full_size(family, path)
+    opened = open_model(path if full else tiny_models(f"{family}_file"))
+    for part in opened.info.parts:
+        module = build(opened.info, part)
+        expected = {one.target: one for one in sources(opened.info, part, module)}
+        found = opened.places_of(part)
+        for name in module.state_dict():
+            assert found[name.removeprefix("text_model.")] == replace(
+                expected[name], target=found[name.removeprefix("text_model.")].target
+            ), name
+
+
+def _headers_of_full_size(family: str, path: Path) -> None:
+    """A file with the names and shapes of a whole model, and a hole where its values belong."""
+    entries, place = {}, 0
+    for name, shape in shapes(family).items():
+        size = 2 * math.prod(shape)
+        entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + place)
 
 
 def test_what_is_no_base_model_is_told(tiny_models: Finder, tmp_path: Path) -> None:

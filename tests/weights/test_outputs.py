@@ -1,11 +1,13 @@
 """Where new files can't stand, told before they are made."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from library.weights.outputs import folder_problems, new_folder, output_problems
+from library.tool_script import run
+from library.weights.outputs import folder_problems, inside_problems, new_folder, output_problems, tell_replaced
 
 
 def told(path: Path) -> list[str]:
@@ -50,3 +52,33 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.rglob("*")] == ["new", "file"]
     (problem,) = folder_problems(tmp_path / "new", "dst")
     assert "isn't empty" in problem.wrong
+
+
+def test_new_folders_in_what_they_are_made_of(tmp_path: Path) -> None:
+    assert not list(inside_problems(tmp_path / "no", tmp_path / "no" / "x", "dst"))
+    assert not list(inside_problems(tmp_path / "a", tmp_path / "b", "dst"))
+    (problem,) = inside_problems(tmp_path, tmp_path / "a" / "b", "dst")
+    assert problem.wrong == f"lies within {tmp_path}"
+
+
+def test_replaced_files_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x"
+    tell_replaced(file, [file])
+    file.touch()
+    tell_replaced(file, [tmp_path / "y"])
+    assert not capsys.readouterr().err
+    tell_replaced(file, [tmp_path / "y", tmp_path / "." / "x"])
+    assert "it is replaced" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_copied_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(source: str, target: str) -> None:
+        raise OSError(28, "No space left on device", source, None, target)
+
+    old = tmp_path / "old"
+    old.mkdir()
+    for name in ("a", "b"):
+        (old / name).touch()
+    assert run(lambda: shutil.copytree(old, tmp_path / "new", copy_function=full)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/new/") and line.endswith(": No space left on device")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.headers import Entry, Header
+from library.models.original_names import PART_PREFIXES
 from library.models.tensors import WEIGHT_DTYPES, Reader, Source, stored_dtype
 from library.weights.checkpoints.stream import Planned
 
@@ -26,7 +27,6 @@ Share = Callable[[str], float]
 Interpolation = Literal["weighted_sum", "sigmoid", "inv_sigmoid"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("weighted_sum", "sigmoid", "inv_sigmoid")
 UNET = "model.diffusion_model."
-_PARTS = (UNET, "first_stage_model.", "cond_stage_model.", "conditioner.")
 _AVERAGED = "model_ema."
 _WHOLE = 1e-6
 """Ratios whose sum is as near to 1 as this make 1."""
@@ -126,7 +126,9 @@ def plan_blend(headers: Sequence[Header], recipe: Recipe, reader: Reader, work: 
         source = _known(sources[0])
         dtype = stored_dtype(source) if work.dtype is None or not _counts(name, entry) else work.dtype
         values: Callable[[], Tensor] = partial(_kept, source, reader, dtype)
-        if _counts(name, entry) and (name.startswith(UNET) or not work.unet_only):
+        if _counts(name, entry) and work.unet_only and not name.startswith(UNET):
+            notes.append((name, "outside of the U-Net (--unet_only)"))
+        elif _counts(name, entry):
             terms = _active(recipe, name)
             if reason := _obstacle(name, sources, headers, terms):
                 notes.append((name, reason))
@@ -155,7 +157,7 @@ def _active(recipe: Recipe, name: str) -> list[tuple[int, int, float]]:
 
 def _counts(name: str, entry: Entry) -> bool:
     """Whether a tensor holds weights of a part of the model."""
-    return name.startswith(_PARTS) and entry.dtype in WEIGHT_DTYPES and prod(entry.shape) > 0
+    return name.startswith(PART_PREFIXES) and entry.dtype in WEIGHT_DTYPES and prod(entry.shape) > 0
 
 
 def _obstacle(

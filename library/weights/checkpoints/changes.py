@@ -9,6 +9,7 @@ With W the weight, t the strength and D = alpha / rank * up @ down (or what LyCO
 - OFT of networks.oft: (I + t (R - I))^T W block by block, R = (I + Q) (I - Q)^-1, Q = B - B^T with ||Q|| <= alpha * out
 """
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -37,7 +38,7 @@ def leaves_of(module: Module, source: object, *, undo: bool = False) -> tuple[Le
         undo: they are to be taken out again.
 
     Raises:
-        UserError: it is of a kind that can't be merged, or whose merge can't be undone.
+        UserError: it is of a kind that can't be merged, or whose merge can't be undone, or its alpha is not finite.
     """
     names = set(module.leaves)
     kind = direction(module.leaves)
@@ -45,6 +46,8 @@ def leaves_of(module: Module, source: object, *, undo: bool = False) -> tuple[Le
     if kind not in _MERGED and not ours:
         wrong = f"{module.name} is of a kind that can't be merged ({kind or 'unknown'}: {', '.join(sorted(names))})"
         raise UserError.single(str(source), wrong, _ADVICE)
+    if module.alpha is not None and not math.isfinite(module.alpha):
+        raise UserError.single(str(source), f"{module.name}.alpha is no finite number", "the file is damaged")
     if undo and "dora_scale" in names:
         wrong = "is a DoRA, which can't be taken out of a checkpoint: the lengths of the old weights are in it no more"
         raise UserError.single(str(source), wrong, "keep the checkpoint that it was merged into")

@@ -5,7 +5,7 @@ The folder is made under a temporary name and gets its own when it is whole.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from library.errors import UserError
 from library.models.families import Part, TextEncoder
 from library.models.folder import INDEX, SCHEDULER, read_json
+from library.models.hub import Wanted
 from library.models.info import ModelInfo
 from library.models.single_configs import packaged
 from library.models.tensors import Reader
@@ -63,11 +64,11 @@ def write_model(
             stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
             file = folder / part / f"{stem}{middle}.safetensors"
             write_stream(found, file, {"format": "pt"}, f"writing {part}", threads=THREADS)
-            _write_json(folder / part / "config.json", _config(info, part, found))
-        _write_json(folder / SCHEDULER, scheduler)
+            write_json(folder / part / "config.json", _config(info, part, found))
+        write_json(folder / SCHEDULER, scheduler)
         for encoder in info.family.text_encoders:
             _tokenizer(folder / _TOKENIZERS[encoder.part], encoder, _own(info, encoder, reference))
-        _write_json(folder / INDEX, _index(info, str(scheduler["_class_name"])))
+        write_json(folder / INDEX, _index(info, str(scheduler["_class_name"])))
 
 
 def as_part(tensors: Mapping[str, Held], part: Part, reader: Reader, dtype: torch.dtype | None) -> list[Planned]:
@@ -100,6 +101,19 @@ def scheduler_config(info: ModelInfo, reference: Path | None) -> dict[str, Any]:
     if info.zero_terminal_snr and info.layout == "single_file":
         found["timestep_spacing"] = "trailing"
     return found
+
+
+def reference_files(info: ModelInfo) -> Wanted:
+    """What is wanted of a hub model that is a reference: its scheduler's config and tokenizers."""
+    folders = [_TOKENIZERS[encoder.part] for encoder in info.family.text_encoders]
+    needed = {SCHEDULER, *(f"{name}/{file}" for name in folders for file in ("vocab.json", "merges.txt"))}
+
+    def wanted(names: Collection[str], _index: Mapping[str, Any]) -> list[str] | None:
+        if not needed <= set(names):
+            return None
+        return sorted(name for name in names if name in (INDEX, SCHEDULER) or name.partition("/")[0] in folders)
+
+    return wanted
 
 
 def check_reference(path: Path, info: ModelInfo) -> None:
@@ -135,7 +149,7 @@ def _tokenizer(folder: Path, encoder: TextEncoder, own: Path | None) -> None:
     if encoder.pad_id != END_ID:
         file = folder / "tokenizer_config.json"
         (token,) = special_padding(encoder.pad_id)
-        _write_json(file, read_json(file, str(file)) | {"pad_token": token})
+        write_json(file, read_json(file, str(file)) | {"pad_token": token})
 
 
 def _config(info: ModelInfo, part: Part, tensors: list[Planned]) -> dict[str, Any]:
@@ -144,9 +158,15 @@ def _config(info: ModelInfo, part: Part, tensors: list[Planned]) -> dict[str, An
         kind = packaged(info.family.name, part)["_class_name"]
         return {"_class_name": kind, "_diffusers_version": version("diffusers")} | info.parts[part].config
     found = {"architectures": packaged(info.family.name, part)["architectures"]} | info.parts[part].config
-    halved = any(one.dtype.itemsize < _WHOLE_BYTES for one in tensors)
-    # transformers loads halves as such unasked, while diffusers makes U-Net and VAE float32: a pipeline of both fails
-    return found | ({"dtype": "float32"} if halved else {})
+    return found | loaded_whole(one.dtype for one in tensors)
+
+
+def loaded_whole(dtypes: Iterable[torch.dtype]) -> dict[str, str]:
+    """What the config of a text encoder needs whose weights are stored in these dtypes.
+
+    Transformers loads halves as such unasked, while diffusers makes U-Net and VAE float32: a pipeline of both fails.
+    """
+    return {"dtype": "float32"} if any(dtype.itemsize < _WHOLE_BYTES for dtype in dtypes) else {}
 
 
 def _index(info: ModelInfo, scheduler: str) -> dict[str, Any]:
@@ -170,6 +190,7 @@ def _index(info: ModelInfo, scheduler: str) -> dict[str, Any]:
     return found | {"safety_checker": [None, None], "requires_safety_checker": False}
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a config, its keys in order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n", encoding="utf-8")

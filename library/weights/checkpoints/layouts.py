@@ -149,6 +149,11 @@ def _what(name: str, encoders: Sequence[TextEncoder]) -> str:
     return "tensors of no part of the model"
 
 
+def of_schedule(name: str) -> bool:
+    """Is it a buffer of the noise schedule? Those of a schedule that ends in pure noise may be infinite."""
+    return name in _SCHEDULE
+
+
 def is_ema(source: Source) -> bool:
     """Is it one of the averaged copies of other weights?"""
     return source.name.startswith(_EMA)

@@ -18,13 +18,16 @@ from torch import Tensor
 from library.console import warn
 from library.errors import UserError
 from library.models.families import Part, diffusers_key
+from library.models.folder import read_json
 from library.models.headers import Header
 from library.models.integrity import check_hashes
-from library.models.tensors import Reader, Source, stored_dtype
+from library.models.original_names import PART_PREFIXES
+from library.models.tensors import Reader, Source, finite, stored_dtype
 from library.weights.checkpoints.changes import OFT_PREFIX, Leaf, changed, leaves_of
-from library.weights.checkpoints.merged_metadata import merged_metadata
+from library.weights.checkpoints.folders import loaded_whole, write_json
+from library.weights.checkpoints.merged_metadata import merged_metadata, needed_metadata
 from library.weights.checkpoints.opened import BaseModel, open_model
-from library.weights.checkpoints.replaced_folder import check_new_folder, replaced_folder
+from library.weights.checkpoints.replaced_folder import check_new_folder, copied_size, replaced_folder
 from library.weights.checkpoints.stream import Planned, check_ending, check_room, write_stream
 from library.weights.loras.lora import Module
 from library.weights.loras.merging import Weighted
@@ -86,7 +89,7 @@ def merge_into(
         model: a file in the original layout (pickles too) or a diffusers folder. Parts that it lacks aren't needed.
         save_to: a `.safetensors` file, or of a folder a folder that isn't there yet. It may be the file `model`.
         compute: what sums and products are computed in.
-        dtype: what all numbers are stored in; None keeps each tensor's.
+        dtype: what weights are stored in, not EMA copies nor buffers of the noise schedule; None keeps each tensor's.
         device: where changed tensors are computed; None is the CPU.
         unmerge: take the LoRAs out again, last to first.
 
@@ -107,9 +110,10 @@ def merge_into(
             header = opened.info.parts["unet"].headers[0]
             if any(name.startswith(_EMA) for name in header.entries):
                 warn(f"{model} has EMA copies of its weights ({_EMA}...); they stay as they are")
-            metadata = merged_metadata(opened, [one.lora for one in loras], save_to) if with_metadata else {}
+            merged = [one.lora for one in loras]
+            metadata = merged_metadata(opened, merged, save_to) if with_metadata else needed_metadata(opened)
             size = write_stream(
-                _planned(header, plan, work, reader),
+                _planned(header, plan, work, reader, original=True),
                 save_to,
                 metadata,
                 f"writing {save_to.name}",
@@ -228,12 +232,17 @@ class _Work:
         return self.dtype if self.dtype is not None and own.is_floating_point else own
 
 
-def _planned(header: Header, plan: _Plan, work: _Work, reader: Reader) -> list[Planned]:
-    """All tensors of a file in the order in which it holds them."""
+def _planned(header: Header, plan: _Plan, work: _Work, reader: Reader, *, original: bool) -> list[Planned]:
+    """All tensors of a file in the order in which it holds them.
+
+    Args:
+        original: it is a whole model, in which not all is weights.
+    """
     found = []
     for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
         whole = Source(name, header.path, entry, name)
-        stored = work.stored(whole)
+        weight = not original or name.startswith(PART_PREFIXES)
+        stored = work.stored(whole) if weight else stored_dtype(whole)
         changes = plan.changes.get((header.path, name), ())
         values: Callable[[], Tensor] = partial(_values, whole, changes, stored, work, reader)
         found.append(Planned(name, stored, entry.shape, values))
@@ -256,18 +265,22 @@ def _values(whole: Source, changes: Sequence[_Change], stored: torch.dtype, work
             if new is not part:
                 part.copy_(new)
         result = weight.to("cpu", stored)
-        _check_finite(result, whole)
+        if not finite(result):
+            raise _not_finite(result, whole, changes, finite(reader.read(whole)))
     return result
 
 
-def _check_finite(result: Tensor, whole: Source) -> None:
-    if not result.is_floating_point() or not result.numel():
-        return
-    wide = result if result.dtype.itemsize > 1 else result.float()
-    if not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(wide)).tolist()):
-        wrong = f"the new {whole.name} would hold values that are no finite numbers in {str(result.dtype)[6:]}"
-        advice = "use a LoRA that isn't damaged; for values too large for float16, --save_precision bf16 or float"
-        raise UserError.single(str(whole.path), wrong, advice)
+def _not_finite(result: Tensor, whole: Source, changes: Sequence[_Change], before: bool) -> UserError:
+    """Whose fault it is: the model's if it held such values `before`, or the LoRA's, or the dtype's."""
+    if not before:
+        wrong = f"its tensor {whole.name} holds values that are no finite numbers"
+        advice = "the model is damaged, or its training diverged; use another one"
+        return UserError.single(str(whole.path), wrong, advice)
+    wrong = f"the new {whole.name} would hold values that are no finite numbers in {str(result.dtype)[6:]}"
+    advice = "for values too large for float16, --save_precision bf16 or float"
+    if changes:
+        advice = f"use a LoRA that isn't damaged; {advice}"
+    return UserError.single(str(whole.path), wrong, advice)
 
 
 def _write_folder(model: BaseModel, save_to: Path, plan: _Plan, work: _Work, reader: Reader) -> int:
@@ -278,13 +291,25 @@ def _write_folder(model: BaseModel, save_to: Path, plan: _Plan, work: _Work, rea
         if work.dtype is not None
         or any((header.path, name) in plan.changes for header in held.headers for name in header.entries)
     }
-    headers = [header for held in parts.values() for header in held.headers]
-    check_room(save_to, sum(entry.end - entry.start for header in headers for entry in header.entries.values()))
-    size = 0
+    files = [
+        (part, header, _planned(header, plan, work, reader, original=False))
+        for part, held in parts.items()
+        for header in held.headers
+    ]
+    size = sum(one.size for _, _, planned in files for one in planned)
+    check_room(save_to, size + copied_size(model.info.path, parts))
     with replaced_folder(model.info.path, save_to, parts) as new:
-        for header in headers:
+        for part, header, planned in files:
             target = new.path_of(header.path)
             what = f"writing {target.parent.name}/{target.name}"
-            metadata = {"format": "pt"} | header.metadata
-            size += write_stream(_planned(header, plan, work, reader), target, metadata, what, threads=_THREADS)
+            write_stream(planned, target, {"format": "pt"} | header.metadata, what, threads=_THREADS)
+            if part not in ("unet", "vae"):
+                _tell_dtype(target.parent / "config.json", planned)
     return size
+
+
+def _tell_dtype(config: Path, planned: Sequence[Planned]) -> None:
+    """Let a text encoder's config say what its weights are loaded as, where it is silent and that matters."""
+    values = read_json(config, str(config))
+    if not values.keys() & {"dtype", "torch_dtype"} and (told := loaded_whole(one.dtype for one in planned)):
+        write_json(config, values | told)

@@ -4,22 +4,25 @@ Nothing is read but headers; values come one by one through `models.tensors.Read
 wants all that a training needs, this takes a model without VAE or text encoders too.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from library.errors import UserError
-from library.models import evidence, hub
+from library.models import evidence, folder, hub
 from library.models.bases import Base, open_base
 from library.models.families import Family, Part, TextPart
 from library.models.info import ModelInfo, PartInfo, Said
 from library.models.lora_targets import LoraTarget, targets
+from library.models.original_names import open_clip_names, originals, prefix, unet_names
 from library.models.places import locate
 from library.models.single_configs import packaged
 from library.models.tensors import Source
 
 _SCALED = ("scaled_fp8", ".scale_weight", ".weight_scale")
+_DEPTH = re.compile(r"\.transformer_blocks\.(\d+)\.")
 _NO_LAYERS = {"hidden_size": 0, "intermediate_size": 0, "num_hidden_layers": 0}
 
 
@@ -54,12 +57,27 @@ class BaseModel:
 
     def places_of(self, part: Part) -> Mapping[str, Source]:
         """The same for one part, by name alone; the others aren't looked at."""
-        from library.models.parts import build, sources
-
         if part not in self._by_part:
-            found = sources(self.info, part, build(self.info, part))
+            found = self._original(part) if self.info.parts[part].original else self._named(part)
             self._by_part[part] = {source.target.removeprefix("text_model."): source for source in found}
         return self._by_part[part]
+
+    def _original(self, part: Part) -> Iterable[Source]:
+        """A part of a file in the original layout by the names of its module, which isn't made: that takes seconds."""
+        if part == "vae":
+            from library.models.parts import build, sources
+
+            return sources(self.info, part, build(self.info, part))
+        return _renamed(self.family, part, self.info.parts[part])
+
+    def _named(self, part: Part) -> Iterable[Source]:
+        """A part whose files have its module's names already, or had them once. No module is made for that."""
+        held = self.info.parts[part]
+        for header in held.headers:
+            for name, entry in header.entries.items():
+                if name.startswith(held.prefix):
+                    target = folder.target_name(part, name.removeprefix(held.prefix))
+                    yield Source(target, header.path, entry, name)
 
     @cached_property
     def _by_part(self) -> dict[Part, dict[str, Source]]:
@@ -105,6 +123,33 @@ def open_model(path: str | Path, flag: str = "base model") -> BaseModel:
             findings=tuple(decision.findings),
         )
     )
+
+
+def _renamed(family: Family, part: Part, held: PartInfo) -> Iterator[Source]:
+    """Where the tensors of a U-Net or text encoder in the original layout stand, by the names of the part's module."""
+    stored = {name: (header, entry) for header in held.headers for name, entry in header.entries.items()}
+    encoder = next((one for one in family.text_encoders if one.part == part), None)
+    if encoder is not None and not encoder.open_clip:
+        for name, (header, entry) in stored.items():
+            if name.startswith(held.prefix):
+                yield Source(name.removeprefix(held.prefix).removeprefix("text_model."), header.path, entry, name)
+        return
+    if encoder is None:
+        depth = 1 + max((int(found[1]) for name in stored if (found := _DEPTH.search(name))), default=0)
+        names = unet_names(family, held.config, depth)
+    else:
+        names = open_clip_names(int(held.config["num_hidden_layers"]))
+    for one in originals(family, part, held.config, names):
+        name = held.prefix + one.name.removeprefix(prefix(family, part))
+        turned = one.turned
+        if turned and name not in stored:
+            name, turned = f"{name}.weight", False
+        if name in stored:
+            header, entry = stored[name]
+            rows = entry.shape[0] // len(one.targets)
+            for place, target in enumerate(one.targets):
+                which = (place * rows, (place + 1) * rows) if len(one.targets) > 1 else None
+                yield Source(target, header.path, entry, name, which, turned)
 
 
 def _projection(base: Base, texts: Mapping[TextPart, PartInfo | None]) -> int:

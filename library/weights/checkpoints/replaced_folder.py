@@ -2,18 +2,19 @@
 there whole or not at all."""
 
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.errors import UserError
+from library.errors import Problem, UserError
 from library.models import folder
 from library.models.families import Part
 from library.models.info import PartInfo
 from library.models.pickles import SUFFIXES
-from library.weights.outputs import folder_problems, new_folder
+from library.weights.outputs import folder_problems, inside_problems, new_folder
 
 _WEIGHTS = (".safetensors", *SUFFIXES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb")
 _INDEX_MARK = ".index"
@@ -59,20 +60,35 @@ def replaced_folder(old: Path, save_to: Path, parts: Mapping[Part, PartInfo]) ->
     check_new_folder(old, save_to)
     with new_folder(save_to) as place:
         new = NewFolder(old, place)
-        replaced = {old / part for part in parts}
-
-        def skipped(place: str, names: list[str]) -> set[str]:
-            folder_of = Path(place)
-            if folder_of == old:
-                return {name for name in names if name.endswith(_WEIGHTS) or name.startswith(".")}
-            if folder_of in replaced:
-                return {name for name in names if name.endswith(_WEIGHTS) or _INDEX_MARK in name}
-            return set()
-
-        shutil.copytree(old, new.new, ignore=skipped)
+        shutil.copytree(old, new.new, ignore=_skipping(old, parts))
         for part in parts:
             _copy_index(old / part, new.new / part, part)
         yield new
+
+
+def copied_size(old: Path, parts: Iterable[Part]) -> int:
+    """The bytes of the files that `replaced_folder` copies."""
+    skipped, size = _skipping(old, parts), 0
+    for place, folders, files in os.walk(old):
+        left = skipped(place, [*folders, *files])
+        folders[:] = [name for name in folders if name not in left]
+        size += sum((Path(place) / name).stat().st_size for name in files if name not in left)
+    return size
+
+
+def _skipping(old: Path, parts: Iterable[Part]) -> Callable[[str, list[str]], set[str]]:
+    """Which of the names in a folder aren't copied, as `shutil.copytree` asks for them."""
+    replaced = {old / part for part in parts}
+
+    def skipped(place: str, names: list[str]) -> set[str]:
+        folder_of = Path(place)
+        if folder_of == old:
+            return {name for name in names if name.endswith(_WEIGHTS) or name.startswith(".")}
+        if folder_of in replaced:
+            return {name for name in names if name.endswith(_WEIGHTS) or _INDEX_MARK in name}
+        return set()
+
+    return skipped
 
 
 def check_new_folder(old: Path, save_to: Path) -> None:
@@ -81,13 +97,18 @@ def check_new_folder(old: Path, save_to: Path) -> None:
     Raises:
         UserError: so.
     """
-    where = f"--save_to {save_to}"
-    if save_to.suffix in _WEIGHTS:
-        raise UserError.single(where, f"is the name of a file, but {old} is a folder", "give the name of a new folder")
-    if problems := list(folder_problems(save_to, "--save_to")):
+    if problems := list(new_folder_problems(old, save_to)):
         raise UserError(problems)
-    if old.resolve() in save_to.resolve().parents:
-        raise UserError.single(where, f"lies within {old}", "give the name of a folder elsewhere")
+
+
+def new_folder_problems(old: Path, save_to: Path) -> Iterator[Problem]:
+    """What speaks against a place for a new folder that is made of `old`."""
+    if save_to.suffix in _WEIGHTS:
+        wrong = f"is the name of a file, but {old} is a folder"
+        yield Problem(f"--save_to {save_to}", wrong, "give the name of a new folder")
+    else:
+        yield from folder_problems(save_to, "--save_to")
+        yield from inside_problems(old, save_to, "--save_to")
 
 
 def _copy_index(old: Path, new: Path, part: Part) -> None:

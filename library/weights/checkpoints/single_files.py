@@ -15,7 +15,9 @@ from torch import Tensor
 
 import library
 from library.errors import UserError
-from library.models.families import Part
+from library.models import evidence
+from library.models.families import Part, PredictionType
+from library.models.folder import SCHEDULER, read_json
 from library.models.info import ModelInfo
 from library.models.original_names import Original, originals
 from library.models.tensors import Reader, Source, stored_dtype
@@ -57,6 +59,7 @@ def write_file(
     dtype: torch.dtype | None = None,
     spare: Sequence[Source] = (),
     metadata: Mapping[str, str] | None = None,
+    predicts: PredictionType | None = None,
 ) -> list[Added]:
     """Write the model as a `.safetensors` file, whole or not at all, with a progress bar.
 
@@ -64,6 +67,7 @@ def write_file(
         dtype: of the weights; None keeps what is stored.
         spare: as for `as_file`.
         metadata: more of it; the file's own and `modelspec.*` stand there anyway.
+        predicts: what a user said of the model, if that was said.
 
     Returns:
         The tensors that the model itself doesn't have.
@@ -72,15 +76,16 @@ def write_file(
         UserError: as `as_file`; no room for it.
     """
     found, added = as_file(model, tensors, reader, dtype, spare)
-    text = file_metadata(model, path) | dict(metadata or {})
+    text = file_metadata(model, path, predicts) | dict(metadata or {})
     write_stream(found, path, text, f"writing {path.name}", threads=THREADS)
     return added
 
 
-def file_metadata(model: BaseModel, path: Path) -> dict[str, str]:
+def file_metadata(model: BaseModel, path: Path, predicts: PredictionType | None = None) -> dict[str, str]:
     """The text of the new file: its model's own if that was a file, without hashes, and what it takes to load it right.
 
-    A model predicts what `modelspec.prediction_type` says; nothing else in a file tells it surely.
+    `modelspec.prediction_type` stands there where the model tells it, a user said it (`predicts`) or a probe found it.
+    What is only usual for the family doesn't: the next reader would take it for evidence.
     """
     info = model.info
     own = info.parts["unet"].headers[0].metadata if info.layout == "single_file" else {}
@@ -96,7 +101,21 @@ def file_metadata(model: BaseModel, path: Path) -> dict[str, str]:
         )
     )
     spec["modelspec.architecture"] = spec["modelspec.architecture"].removesuffix(f"/{_KIND}")
-    return {"format": "pt"} | spec | amended(own) | {_PREDICTION: spec[_PREDICTION]}
+    found = {"format": "pt"} | spec | amended(own) | {_PREDICTION: spec[_PREDICTION]}
+    if predicts is None and not info.family.probes_prediction and _told(info) is None:
+        del found[_PREDICTION]
+    return found
+
+
+def _told(info: ModelInfo) -> PredictionType | None:
+    """What the model's own files tell that it predicts."""
+    if info.layout == "folder":
+        file = info.path / SCHEDULER
+        said = evidence.of_scheduler(read_json(file, str(file)), str(file)) if file.is_file() else evidence.Evidence()
+    else:
+        header = info.parts["unet"].headers[0]
+        said = evidence.of_header(header, str(header.path))
+    return said.prediction[0] if said.prediction else None
 
 
 def as_file(

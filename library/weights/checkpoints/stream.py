@@ -5,6 +5,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +57,11 @@ def write_stream(
 
     Raises:
         UserError: the disk has no room for it.
+        OSError: the system refuses to write it; names the file.
     """
     total = sum(one.size for one in planned)
     check_room(path, total)
-    with atomic_write(path) as file, bar(f"{what}, MB", max(1, total // _MEGABYTE)) as progress:
+    with _naming(path), atomic_write(path) as file, bar(f"{what}, MB", max(1, total // _MEGABYTE)) as progress:
         file.write(header_of(((one.name, one.dtype, one.shape) for one in planned), metadata))
         done = 0
         for one, tensor in _made(planned, threads):
@@ -69,6 +71,17 @@ def write_stream(
             done += one.size
             progress.update(done // _MEGABYTE - progress.n)
     return total
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What the system refuses while a file is written, such as more than its disk holds, names that file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _made(planned: Sequence[Planned], threads: int) -> Iterator[tuple[Planned, Tensor]]:
@@ -100,8 +113,15 @@ def check_room(path: Path, size: int) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if size > free:
-        wrong = f"{size / 1e9:.1f} GB don't fit, its disk has {free / 1e9:.1f} GB left"
+        wrong = f"{_amount(size)} don't fit, its disk has {_amount(free)} left"
         raise UserError.single(str(path), wrong, "free some, or write elsewhere")
+
+
+def _amount(size: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.0f} kB"
 
 
 def check_ending(path: Path, flag: str) -> None:
