@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,19 +90,31 @@ def _shown(level: str) -> bool:
 
 
 class _Lasting:
-    """A stream whose reader may go away: what can't be written any more is dropped."""
+    """A stream whose reader may go away: what can't be written any more is dropped.
+
+    Attributes:
+        fault: why something was lost, unless the reader had gone.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self.fault: OSError | None = None
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
+        self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as fault:
+            if not isinstance(fault, BrokenPipeError):
+                self.fault = fault
+        except ValueError:
+            pass
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -122,6 +134,15 @@ def prepare_streams() -> None:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
             setattr(sys, name, _Lasting(stream))
+
+
+def lost_output() -> str | None:
+    """Why something that was written to stdout didn't arrive, such as a full disk; None if all did, or nobody reads."""
+    stream = sys.stdout
+    if not isinstance(stream, _Lasting):
+        return None
+    stream.flush()
+    return None if stream.fault is None else stream.fault.strerror or str(stream.fault)
 
 
 def tell_at_once(line: str) -> None:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from library.console import complain, error, prepare_streams
+from library.console import complain, error, lost_output, prepare_streams
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ def run(work: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         error("interrupted; nothing half-written is left")
         return INTERRUPTED
+    if lost := lost_output():
+        error(f"stdout: {lost}")
+        return 2
     return 0
 
 

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from library import console
 from library.errors import Problem, UserError
@@ -101,3 +103,12 @@ def test_what_is_wrong_with_a_file_given_twice_is_said_once(capsys: pytest.Captu
     ]
     assert console.complain(UserError(problems)) == 2
     assert capsys.readouterr().err.splitlines() == ["error: a.safetensors: is damaged", "error: b: is no file"]
+
+
+def test_a_tool_whose_output_is_lost_has_failed(tmp_path: Path) -> None:
+    save_file({"a": np.ones(1)}, tmp_path / "a.safetensors", {"k": "v"})
+    command = [sys.executable, str(ROOT / "tools" / "show_metadata.py"), str(tmp_path / "a.safetensors")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: stdout: No space left on device"
