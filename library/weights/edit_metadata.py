@@ -20,7 +20,6 @@ from library.weights.metadata import MINIMUM, Settings
 from library.weights.model_hash import LEGACY_LENGTH, LEGACY_START
 
 Strip = Literal["private", "all"]
-STRIPS: tuple[Strip, ...] = ("private", "all")
 _CHUNK = 1 << 22
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """What is worked out from tensors, and can't be set."""
