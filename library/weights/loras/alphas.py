@@ -17,7 +17,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.weights.loras.forms import Factors, as_leaves, even, factors
-from library.weights.loras.lora import Lora, Module
+from library.weights.loras.lora import Lora, Module, alpha_text
 
 _MISSED = re.compile(r"lora_unet_.+_attn[12]_to_(q|k|v|out_0)|lora_te[12]?_.+")
 _PART = re.compile(r"lora_(unet|te[12]?)_")
@@ -82,14 +82,14 @@ def with_one_alpha(lora: Lora) -> Lora:
 def telling(metadata: Mapping[str, str], alpha: float, conv_dim: str | None = None) -> dict[str, str]:
     """Metadata with the alpha of all modules, also of 3x3 convolutions where these are spoken of; there the rank, too,
     if it is given."""
-    found = {**metadata, "ss_network_alpha": f"{alpha:.10g}"}
+    found = {**metadata, "ss_network_alpha": alpha_text(alpha)}
     try:
         told = json.loads(metadata.get("ss_network_args", "{}"))
     except ValueError:
         return found
     if isinstance(told, dict) and "conv_dim" in told:
         found["ss_network_args"] = json.dumps(
-            {**told, "conv_dim": conv_dim or told["conv_dim"], "conv_alpha": f"{alpha:.10g}"}
+            {**told, "conv_dim": conv_dim or told["conv_dim"], "conv_alpha": alpha_text(alpha)}
         )
     return found
 

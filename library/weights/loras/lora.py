@@ -7,7 +7,7 @@ in another. What a module means as numbers is in `forms`.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -55,6 +55,8 @@ Layout = Literal["kohya", "kohya-diffusers", "peft", "diffusers"]
 """`kohya`: underscored names, SDXL's blocks in the original spelling; `kohya-diffusers`: the same with the blocks of
 diffusers (SD1 and SD2 files are the same in both); `peft`: dotted paths with lora_A and lora_B; `diffusers`: the older
 dotted paths with lora.down and lora.up."""
+DYNAMIC = "Dynamic"
+"""What metadata say in place of a rank or alpha where modules differ."""
 LAYOUTS: tuple[Layout, ...] = ("kohya", "kohya-diffusers", "peft", "diffusers")
 
 
@@ -275,13 +277,13 @@ def completed(lora: Lora, path: Path) -> dict[str, str]:
         velocity = metadata.get("modelspec.prediction_type", "").startswith("v")
         version = family.versions["v_prediction" if velocity else "epsilon"]
         plain = all(module.leaves.keys() - {"dora_scale"} == _FACTORS for module in lora.modules.values())
-        dim, alpha = summary(lora.modules)
+        dim, alpha = ranks_and_alphas(lora.modules.values())
         told = {
             "ss_v2": str(family.v2),
             "ss_base_model_version": version,
             "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
-            "ss_network_dim": str(dim),
-            "ss_network_alpha": str(alpha),
+            "ss_network_dim": dim,
+            "ss_network_alpha": alpha,
             "ss_network_args": "{}",
         }
         if metadata.get("ss_base_model_version") not in family.versions.values():
@@ -290,13 +292,22 @@ def completed(lora: Lora, path: Path) -> dict[str, str]:
     return metadata | {NAME: metadata.get(NAME) or path.stem}
 
 
-def summary(modules: Mapping[str, Module]) -> tuple[int | str, float | str]:
-    """The rank and alpha of all modules, `Dynamic` where they differ; without an alpha, the rank counts."""
-    ranks = {rank_of(module) for module in modules.values()}
-    alphas = {rank_of(module) if module.alpha is None else module.alpha for module in modules.values()}
-    rank = ranks.pop() if len(ranks) == 1 else None
-    alpha = alphas.pop() if len(alphas) == 1 else None
-    return rank or "Dynamic", "Dynamic" if alpha is None else float(alpha)
+def ranks_and_alphas(modules: Iterable[Module]) -> tuple[str, str]:
+    """The rank and alpha of modules as metadata tell them, `Dynamic` where they differ or don't count; without an
+    alpha, the rank counts."""
+    pairs = [(rank, rank if module.alpha is None else module.alpha) for module in modules if (rank := rank_of(module))]
+    ranks = {str(rank) for rank, _ in pairs}
+    return shared(ranks), shared({alpha_text(alpha) for _, alpha in pairs})
+
+
+def alpha_text(alpha: float) -> str:
+    """An alpha as metadata have it, without the digits of its rounding: `4.0`."""
+    return str(float(f"{alpha:.10g}"))
+
+
+def shared(values: set[str]) -> str:
+    """The only value, or `Dynamic`."""
+    return next(iter(values)) if len(values) == 1 else DYNAMIC
 
 
 def rank_of(module: Module) -> int | None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import library
 from library.models.families import SD1, Family
-from library.weights.loras.lora import Lora, Module
-from library.weights.loras.plain import shared
+from library.weights.loras.lora import Lora, Module, ranks_and_alphas
 from library.weights.metadata import ModelSpec, modelspec
 
 _TAGS = "ss_tag_frequency"
@@ -76,12 +75,8 @@ def _version(metadata: Mapping[str, str], family: Family) -> str | None:
 
 def _rank(modules: Mapping[str, Module], wanted: Callable[[int], bool]) -> tuple[str, str] | None:
     """Rank and alpha as metadata tell them, of modules with such a kernel; None if there is none."""
-    shapes = ((module.leaves["lora_down.weight"].shape, module.alpha) for module in modules.values())
-    found = [(shape[0], float(alpha or shape[0])) for shape, alpha in shapes if wanted(prod(shape[2:]))]
-    if not found:
-        return None
-    rank, alpha = ({str(one[place]) for one in found} for place in (0, 1))
-    return shared(rank), shared(alpha)
+    found = [one for one in modules.values() if wanted(prod(one.leaves["lora_down.weight"].shape[2:]))]
+    return ranks_and_alphas(found) if found else None
 
 
 def _predicts_velocity(metadata: Mapping[str, str], version: str, family: Family) -> bool:

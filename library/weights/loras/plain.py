@@ -2,17 +2,16 @@
 itself after that."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from math import prod
 
 from library.console import track, warn
 from library.weights.loras.alphas import commonest, is_plain, leaves_with, own_alpha
 from library.weights.loras.amended import amended
 from library.weights.loras.forms import factors, kind
-from library.weights.loras.lora import Lora, Module, family_of
+from library.weights.loras.lora import Lora, Module, family_of, ranks_and_alphas
 
 _LYCORIS = "lycoris."
-DYNAMIC = "Dynamic"
 
 
 def as_lora(lora: Lora) -> Lora:
@@ -58,15 +57,3 @@ def plain_metadata(metadata: Mapping[str, str], modules: Iterable[Module]) -> di
     rank, alpha = ranks_and_alphas(convs)
     arguments = {"conv_dim": rank, "conv_alpha": alpha} if convs else {}
     return {**metadata, "ss_network_module": "networks.lora", "ss_network_args": json.dumps(arguments)}
-
-
-def ranks_and_alphas(modules: Sequence[Module]) -> tuple[str, str]:
-    """The rank and alpha of plain modules as metadata tell them, `Dynamic` where they differ."""
-    ranks = {str(module.leaves["lora_down.weight"].shape[0]) for module in modules}
-    alphas = {"None" if module.alpha is None else f"{module.alpha:.10g}" for module in modules}
-    return shared(ranks), shared(alphas)
-
-
-def shared(values: set[str]) -> str:
-    """The only value, or `Dynamic`."""
-    return next(iter(values)) if len(values) == 1 else DYNAMIC

@@ -22,10 +22,10 @@ from library.errors import UserError
 from library.weights.loras.alphas import commonest, leaves_with, own_alpha, telling
 from library.weights.loras.amended import amended
 from library.weights.loras.forms import Factors, as_leaves, factors
-from library.weights.loras.lora import Lora, Module, family_of, write
+from library.weights.loras.lora import DYNAMIC, Lora, Module, family_of, shared, write
 from library.weights.loras.low_rank import shortened, singular_values
 from library.weights.loras.peft import place_of
-from library.weights.loras.plain import DYNAMIC, plain_metadata, shared
+from library.weights.loras.plain import plain_metadata
 from library.weights.loras.ranks import Criterion, chosen, fitted, needed, retained
 from library.weights.loras.tables import block_of, block_order
 
