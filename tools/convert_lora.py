@@ -89,7 +89,7 @@ def convert(given: argparse.Namespace) -> list[Path]:
     elif given.to.startswith("kohya") and (odd := otherwise_in_diffusers(lora.modules)):
         warn(f"alphas differ, and diffusers would give {len(odd)} modules another's; --one_alpha makes them alike")
     if family_of(lora) is None:
-        warn(f"{lora.path}: nothing tells whether it is for SD1 or SD2, so its metadata don't either")
+        warn(f"{lora.path}: nothing tells which family it is for, so its metadata don't either")
     if given.to == "kohya-diffusers" and any("output_blocks_2_2_conv" in name for name in lora.modules):
         warn("A1111 drops SDXL's first up-sampler from files with blocks of diffusers; --to kohya has all of it")
     chosen = [lora]

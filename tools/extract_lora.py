@@ -84,7 +84,7 @@ def work(given: argparse.Namespace) -> None:
     from library.weights.checkpoints.difference import Difference
     from library.weights.checkpoints.extraction import Extraction, extracted, text_differs, wanted
     from library.weights.checkpoints.opened import open_model
-    from library.weights.loras.alphas import with_one_alpha
+    from library.weights.loras.alphas import otherwise_in_diffusers, with_one_alpha
     from library.weights.loras.lora import Lora, write
     from library.weights.loras.ranks import Criterion
 
@@ -112,7 +112,8 @@ def work(given: argparse.Namespace) -> None:
         say(f"{len(found) - len(kept)} of {len(found)} modules don't differ at all and are left out")
     metadata = _metadata(given, family, prediction)
     lora = Lora(given.save_to, "kohya", kept, metadata)
-    write(with_one_alpha(lora) if given.dynamic_method else lora, given.save_to, dtype=dtype)
+    alike = with_one_alpha(lora) if given.dynamic_method or otherwise_in_diffusers(kept) else lora
+    write(alike, given.save_to, dtype=dtype)
     _show(given, found)
     say(f"LoRA of {len(kept)} modules: {given.save_to}")
 

@@ -91,7 +91,10 @@ def write(given: argparse.Namespace) -> tuple[Path, Path]:
         warn(line)
     bad = [f"{path}: {wrong}" for one in facts for path, wrong in one.bad]
     _warn_of(bad, "left out of the training (skip_bad_images)")
-    facts = [one for one in facts if one.count]
+    for one in facts:
+        if one.repeats == 0:
+            warn(f"{one.folder} is left out: its name says 0 repeats")
+    facts = [one for one in facts if one.count and one.repeats != 0]
     if not facts:
         raise UserError.single(str(given.folder), "no pictures there that can be read")
     wish = _wish(given, name, facts, len(bad))

@@ -4,7 +4,6 @@ pictures that they compute."""
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from library.options.flags import Flag
 from library.options.registry import Options, flags_of_script
 from library.options.scripts import SCRIPTS, Script
 from library.options.specs import DatasetSpec, SubsetSpec
-from library.options.values import written
+from library.options.values import round_half_up, written
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
@@ -120,12 +119,12 @@ def repeats(
 
 
 def _trained(subset: SubsetSpec) -> int:
-    """How many pictures of a folder are trained on. Those held out are as many as data.sources.split takes."""
+    """How many pictures of a folder are trained on. Those held out are no part of it."""
     if subset.is_reg or subset.source != "folder":
         return 0
     paths = subset.image_dir.rglob("*") if subset.recursive else subset.image_dir.iterdir()
     count = sum(path.suffix.lower() in _PICTURES for path in paths)
-    return count - int(count * Fraction(repr(subset.validation_split)) + Fraction(1, 2))
+    return count - round_half_up(count, subset.validation_split)
 
 
 def command(options: Options) -> str:

@@ -17,6 +17,7 @@ from library.options.dataset_schema import KEYS
 from library.options.presets import Length, Preset, read_presets, settle
 from library.options.registry import FLAGS, flags_of_script
 from library.options.scripts import TRAIN_NETWORK, TRAIN_TEXTUAL_INVERSION, Script
+from library.options.values import round_half_up
 
 Goal = Literal["character", "style"]
 PRESET_OF: dict[Goal, str] = {"character": "character", "style": "style-soft"}
@@ -103,6 +104,7 @@ def propose(wish: Wish, subsets: Sequence[Subset], dataset_file: Path) -> Propos
             no trigger.
     """
     preset, script = _preset(wish)
+    held_out = _drop_empty_split(preset, subsets)
     values, length = dict(preset.values), preset.length or _USUAL
     length = Length(wish.steps or length.steps, length.epochs)
     batch, at_once = int(values.get("train_batch_size", 1)), int(values.get("gradient_accumulation_steps", 1))
@@ -124,7 +126,11 @@ def propose(wish: Wish, subsets: Sequence[Subset], dataset_file: Path) -> Propos
         "",
         "[[datasets]]",
         *sizes,
-        *(() if "validation_split" in values else ("# validation_split = 0.1        # holds pictures out",)),
+        *(
+            ()
+            if "validation_split" in values
+            else (held_out or "# validation_split = 0.1        # holds pictures out",)
+        ),
         *(
             line
             for subset, count in zip(subsets, repeats, strict=True)
@@ -139,6 +145,16 @@ def propose(wish: Wish, subsets: Sequence[Subset], dataset_file: Path) -> Propos
 
 def _reason(subset: Subset) -> str:
     return "as the folder's name says" if subset.repeats else "other folders' names say theirs, this one's doesn't"
+
+
+def _drop_empty_split(preset: Preset, subsets: Sequence[Subset]) -> str:
+    """Take away a share of pictures to hold out that is none of any folder, and what needs it; a line that says so."""
+    split = preset.values.get("validation_split")
+    if not split or any(round_half_up(subset.count, split) for subset in subsets):
+        return ""
+    for name in ("validation_split", "early_stopping_patience"):
+        preset.values.pop(name, None)
+    return f"# validation_split = {split}        # would hold none of so few pictures out"
 
 
 def _preset(wish: Wish) -> tuple[Preset, Script]:

@@ -6,6 +6,7 @@ A conversion that loses nothing is made silently ("32" or 32.0 for a whole numbe
 
 import math
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,8 @@ def written(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return [written(item) for item in value] if isinstance(value, tuple) else value
+
+
+def round_half_up(count: int, fraction: float) -> int:
+    """`count * fraction`, the fraction taken as it is written in decimals: 0.29 of 50 is 14.5, which gives 15."""
+    return int(count * Fraction(repr(float(fraction))) + Fraction(1, 2))

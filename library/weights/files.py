@@ -58,8 +58,10 @@ def atomic_write(path: Path, verify: Callable[[Path], None] | None = None) -> It
             verify(temporary)
         open_to_others(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from library.data.records import ImageRecord
 from library.data.sources.listing import Findings
 from library.data.sources.scan import survey
-from library.data.sources.split import hold_out, round_half_up
+from library.data.sources.split import hold_out
 from library.options.specs import DatasetSpec, SubsetSpec
+from library.options.values import round_half_up
 from tests.data.conftest import MakePicture
 
 FRACTIONS = st.sampled_from([0.0, 0.01, 0.1, 0.15, 0.25, 0.29, 1 / 3, 0.5, 0.75, 0.9, 1.0])

@@ -108,6 +108,20 @@ def test_the_word_stands_once_before_pictures_without_captions(tiny_sd1: Path, t
     assert [subset.get("class_tokens") for subset in dataset["datasets"][0]["subsets"]] == ["cat", None]
 
 
+def test_folders_of_no_repeats_and_shares_of_no_picture(
+    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(tmp_path / "pictures" / "0_no", 3, (64, 64))
+    made(tmp_path / "pictures" / "5_yes", 4, (64, 64))
+    flags = ["--pretrained_model_name_or_path", tiny_sd1, "--write_to", tmp_path, "--preset", "competition"]
+    assert propose(tmp_path / "pictures", *flags) == 0
+    assert "0_no is left out: its name says 0 repeats" in capsys.readouterr().err
+    dataset, training = read(tmp_path, "pictures")
+    assert [subset["num_repeats"] for subset in dataset["datasets"][0]["subsets"]] == [5]
+    assert "validation_split" not in training and "early_stopping_patience" not in training
+    assert train_network.main(["--config_file", str(tmp_path / "pictures.toml"), "--dry_run"]) == 0
+
+
 def test_bad_input_and_files_that_are_there(tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--pretrained_model_name_or_path", tiny_sd1, "--write_to", tmp_path]
     assert propose(tmp_path / "none", *model, "--steps", "0") == 2

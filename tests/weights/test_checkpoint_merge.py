@@ -4,6 +4,7 @@ the formulas of LyCORIS and networks.oft."""
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -409,3 +410,15 @@ def test_folders_are_looked_through_without_modules(tiny_models: Finder, monkeyp
     folder = open_model(tiny_models("sdxl"))
     for part, names in wanted.items():
         assert {*folder.places_of(part)} >= names
+
+
+def test_the_first_text_encoder_alone_may_be_spelled_as_the_only_one(tiny_models: Finder, tmp_path: Path) -> None:
+    """As files of it are where nothing tells that it is SDXL's."""
+    whole = read(lora_files.write_kohya(tmp_path / "lora.safetensors", tiny_models("sdxl")))
+    first = {name: one for name, one in whole.modules.items() if name.startswith("lora_te1_")}
+    spelled = {name.replace("te1", "te"): replace(one, name=name.replace("te1", "te")) for name, one in first.items()}
+    for name, modules in (("a", first), ("b", spelled)):
+        merge_into(tiny_models("sdxl"), [Weighted(replace(whole, modules=modules, metadata={}))], tmp_path / name)
+    found, other = folder_weights(tmp_path / "a"), folder_weights(tmp_path / "b")
+    assert not all(torch.equal(found[name], old) for name, old in folder_weights(tiny_models("sdxl")).items())
+    assert all(torch.equal(found[name], other[name]) for name in found)

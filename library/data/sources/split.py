@@ -8,7 +8,6 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
 from library.data.records import ImageRecord
@@ -16,6 +15,7 @@ from library.data.sources.listing import Findings
 from library.data.sources.picture_files import some
 from library.errors import Problem
 from library.options.specs import DatasetSpec, SubsetSpec
+from library.options.values import round_half_up
 from library.rng import rng
 
 
@@ -54,11 +54,6 @@ def hold_out(
         wrong = "validation_split holds out every picture; none is left to train on"
         findings.problems.append(Problem(first.where or _place(first.subsets[0]), wrong, "use a smaller fraction"))
     return training, validation
-
-
-def round_half_up(count: int, fraction: float) -> int:
-    """`count * fraction`, the fraction taken as it is written in decimals: 0.29 of 50 is 14.5, which gives 15."""
-    return int(count * Fraction(repr(float(fraction))) + Fraction(1, 2))
 
 
 def _lowest(records: Sequence[ImageRecord], members: Sequence[int], count: int, seed: int) -> list[int]:

@@ -160,11 +160,13 @@ class _Names:
         self._stems: dict[str, tuple[Part, str]] = {}
         self._looked_at: set[Part] = set()
         encoders = model.family.text_encoders
-        single = len(encoders) == 1
         self._prefixes: dict[str, Part] = {"lora_unet_": "unet", OFT_PREFIX: "unet"}
         for number, encoder in enumerate(encoders):
             if encoder.part in model.info.parts:
-                self._prefixes["lora_te_" if single else f"lora_te{number + 1}_"] = encoder.part
+                if number == 0:
+                    self._prefixes["lora_te_"] = encoder.part
+                if len(encoders) > 1:
+                    self._prefixes[f"lora_te{number + 1}_"] = encoder.part
 
     def find(self, name: str, leaf: Leaf) -> Source | None:
         """Where the weight or bias of the module `name` stands; None if the model has none."""

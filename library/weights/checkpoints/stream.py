@@ -5,7 +5,6 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def write_stream(
     """
     total = sum(one.size for one in planned)
     check_room(path, total)
-    with _naming(path), atomic_write(path) as file, bar(f"{what}, MB", max(1, total // _MEGABYTE)) as progress:
+    with atomic_write(path) as file, bar(f"{what}, MB", max(1, total // _MEGABYTE)) as progress:
         file.write(header_of(((one.name, one.dtype, one.shape) for one in planned), metadata))
         done = 0
         for one, tensor in _made(planned, threads):
@@ -71,17 +70,6 @@ def write_stream(
             done += one.size
             progress.update(done // _MEGABYTE - progress.n)
     return total
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """What the system refuses while a file is written, such as more than its disk holds, names that file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _made(planned: Sequence[Planned], threads: int) -> Iterator[tuple[Planned, Tensor]]:

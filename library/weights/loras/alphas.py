@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from library.errors import UserError
+from library.weights.check import is_finite
 from library.weights.loras.forms import Factors, as_leaves, even, factors
 from library.weights.loras.lora import Lora, Module, alpha_text
 
@@ -53,7 +54,7 @@ def leaves_with(found: Factors, alpha: float, dtype: torch.dtype, here: str) -> 
     """
     scaled = replace(found, up=found.up * (own_alpha(found) / alpha), scale=1.0)
     leaves = as_leaves(even(scaled) if dtype == torch.float16 else scaled, dtype)
-    if not all(bool(leaf.isfinite().all()) for leaf in leaves.values()):
+    if not all(map(is_finite, leaves.values())):
         advice = "use --save_precision float or bf16" if dtype == torch.float16 else "look at it with check_lora.py"
         raise UserError.single(here, f"has numbers that are too large for {str(dtype)[6:]}", advice)
     return leaves

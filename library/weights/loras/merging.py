@@ -153,7 +153,9 @@ def merged(
         if kept is not None:
             made[name] = Factors(kept.up.to("cpu", held), kept.down.to("cpu", held), kept.shape), here
     if not made:
-        wrong = "nothing is left: the files cancel each other, or all weights are 0"
+        wrong = (
+            "nothing is left above the rounding of the first file: the files cancel each other, or all weights are 0"
+        )
         raise UserError.single(str(given[0].lora.path), wrong, "look at --ratios, --lbws and --unmerge")
     alpha, first = commonest(own_alpha(kept) for kept, _ in made.values()), given[0].lora
     modules = {name: Module(name, leaves_with(kept, alpha, dtype, here), alpha) for name, (kept, here) in made.items()}

@@ -238,7 +238,7 @@ def _metadata(
     alpha: float,
 ) -> dict[str, str]:
     """What a file says of itself after resizing: its alpha, and the rank, `Dynamic` where modules differ."""
-    before = metadata.get("ss_network_dim", "unknown")
+    before = metadata.get("ss_network_dim") or shared({str(change.old) for change in changes})
     linear = [change for change in changes if len(change.shape) == 2] or changes
     fixed = criterion.method == "static"
     dim = shared({str(change.new) for change in linear}) if fixed else DYNAMIC
