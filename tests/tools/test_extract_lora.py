@@ -176,6 +176,17 @@ def test_ranks_by_a_criterion(tiny_sd1: Path, tuned: Callable[[str], tuple[Path,
             assert len(tensor) == needed, (method, name)
 
 
+def test_ranks_that_a_module_is_too_small_for_change_no_alpha(
+    tiny_sd1: Path, tuned: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """diffusers gives attention layers the commonest alpha of a file."""
+    new, _ = tuned("sd1")
+    assert run(tiny_sd1, new, tmp_path / "out.safetensors", "--dim", 200, "--clamp_quantile", 1) == 0
+    found = load_file(tmp_path / "out.safetensors")
+    assert len({len(tensor) for key, tensor in found.items() if key.endswith("lora_down.weight")}) > 1
+    assert len({float(tensor) for key, tensor in found.items() if key.endswith(".alpha")}) == 1
+
+
 def test_text_encoders_that_hardly_differ_are_left_out(
     tiny_sd1: Path, tuned: Callable[[str], tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
