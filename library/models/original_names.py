@@ -14,6 +14,8 @@ from library.models.recognise import UNET, VAE
 from library.models.sgm_names import sgm_path
 from library.models.single_configs import packaged
 
+EMA = "model_ema."
+"""What the names of averaged copies begin with, which no pipeline uses."""
 PART_PREFIXES = (UNET, VAE, "cond_stage_model.", "conditioner.")
 """What the names of all weights in a file begin with; copies, buffers of schedules and marks have other names."""
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}

@@ -120,7 +120,7 @@ PROBE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from library.training.launcher import missing_processes
-print("told:", missing_processes())
+sys.stdout.write(f"told: {missing_processes()}\\n")
 """
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.models.headers import Entry, Header
-from library.models.original_names import PART_PREFIXES
+from library.models.original_names import EMA, PART_PREFIXES
 from library.models.tensors import WEIGHT_DTYPES, Reader, Source, stored_dtype
 from library.weights.checkpoints.stream import Planned
 
@@ -27,7 +27,6 @@ Share = Callable[[str], float]
 Interpolation = Literal["weighted_sum", "sigmoid", "inv_sigmoid"]
 INTERPOLATIONS: tuple[Interpolation, ...] = ("weighted_sum", "sigmoid", "inv_sigmoid")
 UNET = "model.diffusion_model."
-_AVERAGED = "model_ema."
 _WHOLE = 1e-6
 """Ratios whose sum is as near to 1 as this make 1."""
 
@@ -120,7 +119,7 @@ def plan_blend(headers: Sequence[Header], recipe: Recipe, reader: Reader, work: 
     first, tables = headers[0], [{_common(name): name for name in header.entries} for header in headers]
     planned, notes, blended = [], [], 0
     for name, entry in first.entries.items():
-        if name.startswith(_AVERAGED):
+        if name.startswith(EMA):
             continue
         sources = [_source(header, table.get(_common(name))) for header, table in zip(headers, tables, strict=True)]
         source = _known(sources[0])
@@ -192,9 +191,9 @@ def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _left_out(headers: Sequence[Header], tables: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
     """Tensors that no new file has: EMA copies of the first, and of others what the first lacks."""
-    found = [(name, "EMA copy, left out") for name in headers[0].entries if name.startswith(_AVERAGED)]
+    found = [(name, "EMA copy, left out") for name in headers[0].entries if name.startswith(EMA)]
     for header, table in zip(headers[1:], tables[1:], strict=True):
-        alone = (name for common, name in table.items() if common not in tables[0] and not name.startswith(_AVERAGED))
+        alone = (name for common, name in table.items() if common not in tables[0] and not name.startswith(EMA))
         found += [(name, f"only in {header.path.name}, left out") for name in alone]
     return found
 

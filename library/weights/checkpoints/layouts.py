@@ -16,7 +16,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.models.families import Part, TextEncoder
 from library.models.info import ModelInfo
-from library.models.original_names import prefix
+from library.models.original_names import EMA, prefix
 from library.models.tensors import Reader, Source, stored_dtype
 from library.weights.checkpoints.opened import BaseModel
 from library.weights.checkpoints.stream import Planned
@@ -25,7 +25,6 @@ V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 """Tensors without values by which programs know that a file predicts velocity, and that its schedule ends in noise."""
 THREADS = 2
 """That read ahead while a file is written."""
-_EMA = "model_ema."
 _SCHEDULE = (
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
     *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "lvlb_weights"),
@@ -133,7 +132,7 @@ def groups(model: BaseModel, left: Iterable[Source]) -> dict[str, list[str]]:
 
 
 def _what(name: str, encoders: Sequence[TextEncoder]) -> str:
-    if name.startswith(_EMA):
+    if name.startswith(EMA):
         return "EMA copies"
     if name in (V_PREDICTION, ZERO_SNR):
         return "marks of the prediction type, which stand in the scheduler's config"
@@ -156,7 +155,7 @@ def of_schedule(name: str) -> bool:
 
 def is_ema(source: Source) -> bool:
     """Is it one of the averaged copies of other weights?"""
-    return source.name.startswith(_EMA)
+    return source.name.startswith(EMA)
 
 
 def planned(

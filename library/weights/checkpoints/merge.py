@@ -21,7 +21,7 @@ from library.models.families import Part, diffusers_key
 from library.models.folder import read_json
 from library.models.headers import Header
 from library.models.integrity import check_hashes
-from library.models.original_names import PART_PREFIXES
+from library.models.original_names import EMA, PART_PREFIXES
 from library.models.tensors import Reader, Source, finite, stored_dtype
 from library.weights.checkpoints.changes import OFT_PREFIX, Leaf, changed, leaves_of
 from library.weights.checkpoints.folders import loaded_whole, write_json
@@ -33,7 +33,6 @@ from library.weights.loras.lora import Module
 from library.weights.loras.merging import Weighted
 
 _THREADS = min(4, os.cpu_count() or 1)
-_EMA = "model_ema."
 Stored = tuple[Path, str]
 """A tensor of a file: the file and its name there."""
 
@@ -108,8 +107,8 @@ def merge_into(
     with Reader() as reader:
         if opened.info.layout == "single_file":
             header = opened.info.parts["unet"].headers[0]
-            if any(name.startswith(_EMA) for name in header.entries):
-                warn(f"{model} has EMA copies of its weights ({_EMA}...); they stay as they are")
+            if any(name.startswith(EMA) for name in header.entries):
+                warn(f"{model} has EMA copies of its weights ({EMA}...); they stay as they are")
             merged = [one.lora for one in loras]
             metadata = merged_metadata(opened, merged, save_to) if with_metadata else needed_metadata(opened)
             size = write_stream(

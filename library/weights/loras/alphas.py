@@ -25,11 +25,6 @@ _PART = re.compile(r"lora_(unet|te[12]?)_")
 _PLAIN = {"lora_down.weight", "lora_up.weight"}
 
 
-def is_plain(module: Module) -> bool:
-    """It has the two factors of a LoRA, and perhaps a DoRA's magnitudes."""
-    return module.leaves.keys() - {"dora_scale"} == _PLAIN
-
-
 def own_alpha(found: Factors) -> float:
     """The alpha with which the factors can be stored as they are."""
     return found.scale * found.rank
@@ -67,7 +62,7 @@ def with_one_alpha(lora: Lora) -> Lora:
     Raises:
         UserError: a number gets too large for its dtype.
     """
-    alphas = {name: _alpha(module) for name, module in lora.modules.items() if is_plain(module)}
+    alphas = {name: _alpha(module) for name, module in lora.modules.items() if module.is_plain}
     alpha = commonest(alphas.values())
     found = dict(lora.modules)
     for name, own in alphas.items():
@@ -100,7 +95,7 @@ def otherwise_in_diffusers(modules: Mapping[str, Module]) -> dict[str, float]:
     many times theirs that is; 0 stands for one that has none itself."""
     parts: dict[str, list[Module]] = {}
     for module in modules.values():
-        if is_plain(module) and (part := _PART.match(module.name)):
+        if module.is_plain and (part := _PART.match(module.name)):
             parts.setdefault(part[1], []).append(module)
     found: dict[str, float] = {}
     for here in parts.values():

@@ -78,8 +78,8 @@ class Module:
 
     @property
     def is_plain(self) -> bool:
-        """It has the two factors of a LoRA and nothing else."""
-        return self.leaves.keys() == {"lora_down.weight", "lora_up.weight"}
+        """It has the two factors of a LoRA, with the magnitudes of a DoRA or without, and nothing else."""
+        return self.leaves.keys() - {"dora_scale"} == _FACTORS
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def completed(lora: Lora, path: Path) -> dict[str, str]:
     if family is not None:
         velocity = metadata.get("modelspec.prediction_type", "").startswith("v")
         version = family.versions["v_prediction" if velocity else "epsilon"]
-        plain = all(module.leaves.keys() - {"dora_scale"} == _FACTORS for module in lora.modules.values())
+        plain = all(module.is_plain for module in lora.modules.values())
         dim, alpha = ranks_and_alphas(lora.modules.values())
         told = {
             "ss_v2": str(family.v2),
@@ -334,7 +334,7 @@ def refuse_layout(lora: Lora, layout: Layout) -> None:
         return
     where, kohya = str(lora.path), "keep it in the layout kohya"
     problems = []
-    strange = [module for module in lora.modules.values() if module.leaves.keys() - {"dora_scale"} != _FACTORS]
+    strange = [module for module in lora.modules.values() if not module.is_plain]
     if strange:
         wrong = f"{len(strange)} modules are no plain LoRA, e.g. {strange[0].name} ({kind_of(strange[0].leaves)})"
         able = all(kind_of(module.leaves) in _EXACT for module in strange)
