@@ -213,7 +213,7 @@ def test_ranks_and_alphas_that_differ_by_module(
     right = fused(peft, folder)
     assert_same(fused(small, folder), right)
     for number, key in enumerate(key for key in tensors if key.endswith("alpha")):
-        tensors[key] = torch.tensor((2.0, 1.0, 3.0)[number % 3])
+        tensors[key] = torch.tensor((2.0, 1.0, 2.0, 3.0, 2.0)[number % 5])
     save_file(tensors, mixed, lora_files.metadata_of(small))
     run("convert_lora", mixed, peft, "--to", "peft")
     capsys.readouterr()

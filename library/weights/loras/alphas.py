@@ -1,8 +1,9 @@
 """One alpha for all modules of a file, and what becomes of files that have several.
 
 A module's change is alpha / rank * up @ down, and where ranks differ alphas may, too. diffusers (0.42) then misses
-those of attention layers and text encoders: its table of alphas names them otherwise than the modules, so they get the
-commonest alpha of their part. So what we make anew shares one alpha, and the rest of a scale is in the up-factors.
+those of attention layers and of all of the first text encoder: its table of alphas names them otherwise than the
+modules, so they get the commonest alpha of their part. So what we make anew shares one alpha, and the rest of a scale
+is in the up-factors.
 """
 
 import json
@@ -20,7 +21,7 @@ from library.weights.check import is_finite
 from library.weights.loras.forms import Factors, as_leaves, even, factors
 from library.weights.loras.lora import Lora, Module, alpha_text
 
-_MISSED = re.compile(r"lora_unet_.+_attn[12]_to_(q|k|v|out_0)|lora_te[12]?_.+")
+_MISSED = re.compile(r"lora_unet_.+_attn[12]_to_(q|k|v|out_0)|lora_te1?_.+|lora_te2_.+_self_attn_.+")
 _PART = re.compile(r"lora_(unet|te[12]?)_")
 _PLAIN = {"lora_down.weight", "lora_up.weight"}
 
