@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -307,19 +306,6 @@ def test_wrong_input_ends_in_one_line(
     assert len(lines) == (2 if case == "metadata of a folder" else 1)
     assert "--pretrained_model_name_or_path" not in "".join(lines)
     assert not new.parent.exists()
-
-
-def test_help_needs_no_torch(tmp_path: Path) -> None:
-    script = (
-        "import runpy, sys\nsys.argv = ['convert_checkpoint.py', '--help']\n"
-        f"try:\n    runpy.run_path({str(ROOT / 'tools/convert_checkpoint.py')!r}, run_name='__main__')\n"
-        "except SystemExit:\n    print('torch' in sys.modules, 'diffusers' in sys.modules)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=True, timeout=60
-    )
-    assert done.stdout.splitlines()[-1] == "False False"
-    assert "--reference_model" in done.stdout
 
 
 @pytest.mark.slow

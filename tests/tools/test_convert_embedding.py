@@ -1,7 +1,5 @@
 """tools/convert_embedding.py: no number changes on the way from any layout to any other, into a LoRA's file and out."""
 
-import subprocess
-import sys
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +13,7 @@ from library.weights.embeddings import read_embedding, write_embedding
 from library.weights.files import read_metadata
 from library.weights.hashes import lora_hashes
 from library.weights.save import save_lora
-from tests.programs import ROOT, environment, tool
+from tests.programs import ROOT, tool
 
 SCRIPT = ROOT / "tools/convert_embedding.py"
 L = torch.arange(24, dtype=torch.float32).reshape(3, 8) / 7 - 1
@@ -284,14 +282,3 @@ def test_a_bundle_is_not_overwritten_by_its_own_lora(tmp_path: Path, capsys: pyt
     assert convert("--to", "separate", made, tmp_path) == 2
     assert "is the bundle itself" in capsys.readouterr().err
     assert made.read_bytes() == content
-
-
-def test_help_needs_no_torch() -> None:
-    run = f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    code = f"import runpy, sys\nsys.argv = ['x', '--help']\ntry:\n    {run}\n"
-    code += "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30, check=True
-    )
-    assert done.stdout.strip().endswith("0 False")
-    assert "--lora" in done.stdout

@@ -1,8 +1,6 @@
 """tools/merge_lora.py on files of other programs, against what diffusers makes of them."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from tests.lora_files import (
     write_lycoris,
     write_peft,
 )
-from tests.programs import ROOT, environment, tool
+from tests.programs import ROOT, tool
 
 SCRIPT = ROOT / "tools/merge_lora.py"
 Models = Callable[[str], Path]
@@ -332,14 +330,3 @@ def test_a_file_may_replace_one_of_its_own(tiny_models: Models, tmp_path: Path) 
     copy = write_kohya(tmp_path / "copy.safetensors", folder, seed=1)
     assert merge("--models", one, "--ratios", 0.5, "--save_to", one) == 0
     assert_sum(changes(one, folder), [(changes(copy, folder), 0.5)])
-
-
-def test_help_needs_no_torch() -> None:
-    run = f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    code = f"import runpy, sys\nsys.argv = ['x', '--help']\ntry:\n    {run}\n"
-    code += "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30, check=True
-    )
-    assert done.stdout.strip().endswith("0 False")
-    assert "{" + ",".join(lora.LAYOUTS) + "}" in done.stdout

@@ -23,7 +23,6 @@ from library.weights.loras.lora import Lora, Module, alpha_text
 
 _MISSED = re.compile(r"lora_unet_.+_attn[12]_to_(q|k|v|out_0)|lora_te1?_.+|lora_te2_.+_self_attn_.+")
 _PART = re.compile(r"lora_(unet|te[12]?)_")
-_PLAIN = {"lora_down.weight", "lora_up.weight"}
 
 
 def own_alpha(found: Factors) -> float:

@@ -26,7 +26,7 @@ from library.weights.check import BadWeightsError, is_finite
 from library.weights.files import read_metadata, read_tensors
 from library.weights.loras.amended import NAME, STALE
 from library.weights.loras.keys import stranger
-from library.weights.loras.lycoris import kind_of, misfit, missing
+from library.weights.loras.lycoris import EXACT, kind_of, misfit, missing
 from library.weights.loras.modules import refuse_base_model, refuse_embedding
 from library.weights.loras.names import diffusers_path, dotted
 from library.weights.loras.peft import (
@@ -46,7 +46,6 @@ from library.weights.save import save_lora
 _SLOW = 100_000_000
 """Bytes of a file that takes a while to be written."""
 _FACTORS = {"lora_down.weight", "lora_up.weight"}
-_EXACT = ("tucker", "loha", "lokr")
 _MODULE = re.compile(r"(lora_unet|lora_te[12]?|lycoris|oft_unet)_\w")
 _TEXT = re.compile(r"lora_te([12]?)_")
 _DIFFUSERS_BLOCKS = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks)_")
@@ -337,7 +336,7 @@ def refuse_layout(lora: Lora, layout: Layout) -> None:
     strange = [module for module in lora.modules.values() if not module.is_plain]
     if strange:
         wrong = f"{len(strange)} modules are no plain LoRA, e.g. {strange[0].name} ({kind_of(strange[0].leaves)})"
-        able = all(kind_of(module.leaves) in _EXACT for module in strange)
+        able = all(kind_of(module.leaves) in EXACT for module in strange)
         advice = "make them plain: python tools/convert_lora.py --as_lora" if able else kohya
         problems.append(Problem(where, f"{wrong}, and the layout {layout} has no keys for them", advice))
     if odd := next((m for m in lora.modules.values() if not _weighs_outputs(m)), None):

@@ -45,6 +45,8 @@ _SMALL = ("lora_", "hada_", "lokr_")
 
 Made = tuple[Tensor, Tensor, tuple[int, ...], int | None]
 """Factors `up`, `down`, the weight's shape, and the rank that alpha is divided by; None where alpha doesn't count."""
+EXACT: tuple[Kind, ...] = ("tucker", "loha", "lokr")
+"""Kinds besides a plain LoRA that have exact factors."""
 
 
 def kind_of(leaves: Mapping[str, object]) -> Kind | None:

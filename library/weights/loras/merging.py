@@ -16,9 +16,10 @@ from library.console import track
 from library.errors import Problem, UserError
 from library.models.families import Family
 from library.weights.loras.alphas import commonest, leaves_with, own_alpha
-from library.weights.loras.forms import Factors, factors
+from library.weights.loras.forms import Factors, factors, kind
 from library.weights.loras.lora import Layout, Lora, Module, family_of, refuse_layout
 from library.weights.loras.low_rank import concatenated, norm, svd_of, truncated
+from library.weights.loras.lycoris import EXACT
 
 _INTO_A_CHECKPOINT = "merge it into a checkpoint (--sd_model) and extract a LoRA from that (tools/extract_lora.py)"
 
@@ -215,7 +216,7 @@ def _refuse_without_factors(given: Sequence[Weighted]) -> None:
     for one in given:
         used = [module for module in one.lora.modules.values() if one.strength(module.name)]
         dora = [module.name for module in used if "dora_scale" in module.leaves]
-        whole = [module.name for module in used if not module.is_plain and factors(module, torch.float32) is None]
+        whole = [module.name for module in used if not module.is_plain and kind(module) not in EXACT]
         if dora:
             wrong = f"is a DoRA ({len(dora)} modules, e.g. {dora[0]}), whose effect depends on the base model"
             problems.append(Problem(str(one.lora.path), wrong, _INTO_A_CHECKPOINT))
